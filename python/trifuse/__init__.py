@@ -1,0 +1,18 @@
+"""High-performance kernels for sequence models, on every machine: C++ for CPUs, CUDA, and Triton."""
+
+from trifuse import nn, reference
+from trifuse.backends import BackendUnavailable, backend, explain
+from trifuse.ops import selective_scan, selective_state_update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "__version__",
+    "backend",
+    "explain",
+    "nn",
+    "reference",
+    "selective_scan",
+    "selective_state_update",
+]

@@ -1,0 +1,5 @@
+"""The public functions."""
+
+from trifuse.ops.selective_scan import selective_scan, selective_state_update
+
+__all__ = ["selective_scan", "selective_state_update"]

@@ -1,0 +1,99 @@
+"""Argument checks shared by the ops. Every message names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trifuse._library import values_are_known
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensors(op: str, *, optional: bool = False, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) or (optional and value is None):
+            continue
+        also = " or None" if optional else ""
+        raise TypeError(f"{op}: {name} is {type(value).__name__}; it must be a torch.Tensor{also}")
+
+
+def rank(op: str, name: str, tensor: Tensor, dims: int, form: str) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be {form}")
+
+
+def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], form: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be {form} = {tuple(expected)}")
+
+
+def same_shape(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(tensor.shape)}; it must have the shape of {other_name}, {tuple(other.shape)}"
+        )
+
+
+def dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(dtype_name(one) for one in allowed)
+        raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}; it must be one of {names}")
+
+
+def same_dtype(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{op}: {name} is {dtype_name(tensor.dtype)}; it must be {dtype_name(other.dtype)} like {other_name}"
+        )
+
+
+def weight_dtype(op: str, name: str, tensor: Tensor, sequence: Tensor, complex_too: bool = False) -> None:
+    """Weights and states: float32, float64 beside float64 sequences, or the sequence dtype."""
+    allowed = [torch.float32]
+    if sequence.dtype != torch.float32:
+        allowed.append(sequence.dtype)
+    if complex_too:
+        allowed.append(torch.complex64)
+        if sequence.dtype == torch.float64:
+            allowed.append(torch.complex128)
+    if tensor.dtype not in allowed:
+        names = " or ".join(dtype_name(one) for one in allowed)
+        raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}; beside {dtype_name(sequence.dtype)} sequences it must be {names}")
+
+
+def same_device(op: str, sequence: Tensor, **arguments: Tensor | None) -> None:
+    for name, tensor in arguments.items():
+        if tensor is not None and tensor.device != sequence.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}; it must be on {sequence.device} like the sequences")
+
+
+def cu_seqlens(op: str, offsets: Tensor, batch: int, seqlen: int) -> None:
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: cu_seqlens is {dtype_name(offsets.dtype)}; it must be int32 or int64")
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens has shape {tuple(offsets.shape)}; it must be (S + 1,)")
+    if batch != 1:
+        raise ValueError(f"{op}: cu_seqlens packs sequences in a batch of one, and the batch is {batch}")
+    if not values_are_known(offsets):
+        return
+    values = offsets.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens starts at {values[0]}; it must start at 0")
+    for i in range(1, len(values)):
+        if values[i] < values[i - 1]:
+            raise ValueError(f"{op}: cu_seqlens decreases from {values[i - 1]} to {values[i]} at index {i}")
+    if values[-1] != seqlen:
+        raise ValueError(f"{op}: cu_seqlens ends at {values[-1]}; it must end at L = {seqlen}")
+
+
+def state_rows(op: str, rows: Tensor, batch: int, available: int) -> None:
+    name = "state_batch_indices"
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} is {dtype_name(rows.dtype)}; it must be int32 or int64")
+    shape(op, name, rows, (batch,), "(B,)")
+    # Only the host's copy is free to look at: on a device the look would stall every token.
+    if rows.device.type == "cpu" and values_are_known(rows) and batch and int(rows.max()) >= available:
+        raise ValueError(f"{op}: {name} holds {int(rows.max())}; state has only {available} rows")

@@ -1,0 +1,419 @@
+"""``selective_scan`` and ``selective_state_update``: arguments, checks, and the choice of a kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trifuse import reference
+from trifuse.backends import Op
+from trifuse.ops import _checks as check
+from trifuse.registration import selective_scan as kernels
+
+__all__ = ["selective_scan", "selective_state_update"]
+
+SEQUENCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Call(NamedTuple):
+    """A checked call. Sequences are (B, D, L) views whatever the layout; B and C are (D, N) or
+    (B, G, N, L); weights and states are contiguous and of the accumulation dtype."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    delta_softplus: bool
+    reverse: bool
+    bld: bool
+    deterministic: bool
+
+    @property
+    def device_type(self) -> str:
+        return self.u.device.type
+
+    def summary(self) -> str:
+        batch, dim, seqlen = self.u.shape
+        return (
+            f"B={batch}, D={dim}, L={seqlen}, N={self.A.shape[1]}, {check.dtype_name(self.u.dtype)}, "
+            f"A {check.dtype_name(self.A.dtype)}, layout {'bld' if self.bld else 'bdl'}, {self.u.device}"
+        )
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    layout: str = "bdl",
+    deterministic: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan of Mamba (S6): a linear recurrence whose step size depends on the input.
+
+    With ``dt = softplus(delta + delta_bias)`` (softplus only if asked for), per channel d and state n::
+
+        h[l] = exp(dt[l] * A[d, n]) * h[l - 1] + dt[l] * B[n, l] * u[l]
+        out[l] = (sum_n C[n, l] * h[l] + D[d] * u[l]) * silu(z[l])
+
+    Args:
+        u: ``(B, D, L)``, or ``(B, L, D)`` with ``layout="bld"``; float32, float16, bfloat16 or float64.
+            Any strides. The sequence dtype: delta, z and variable B, C share it.
+        delta: step sizes, shape of ``u``.
+        A: ``(D, N)``, real, or complex (the output is then twice the real part of the sum).
+        B, C: input and output projections of the state: constant ``(D, N)``, or variable
+            ``(B, N, L)`` or ``(B, G, N, L)`` with G dividing D (``"bld"``: ``(B, L, N)``,
+            ``(B, L, G, N)``); channel d reads group ``d // (D / G)``. With complex A they may be
+            complex, or real; real ``(..., 2 L)`` in layout "bdl" is read as interleaved complex.
+        D: ``(D,)`` skip weights, or None.
+        z: gate, shape of ``u``, or None.
+        delta_bias: ``(D,)``, added to ``delta`` before the softplus, or None.
+        delta_softplus: pass ``delta + delta_bias`` through softplus.
+        return_last_state: also return the state after the last step.
+        initial_state: ``(B, D, N)``, or ``(S, D, N)`` with ``cu_seqlens``; zero if None. Differentiable.
+        cu_seqlens: ``(S + 1,)`` int32 or int64, the offsets of S sequences packed along the time of a
+            batch of one. The state restarts at every boundary.
+        reverse: run time backwards: equal to flipping every sequence, scanning, and flipping back.
+        layout: ``"bdl"`` or ``"bld"``, of u, delta, z, B, C and the output. Neither is copied into the other.
+        deterministic: bitwise repeatable gradients. None follows
+            ``torch.are_deterministic_algorithms_enabled()``.
+
+    A, D, delta_bias, constant B, C and the states are computed in float32 (float64 with float64 ``u``),
+    also under autocast. All tensor arguments are differentiable once; for second derivatives use
+    ``with trifuse.backend("reference")``.
+
+    Returns:
+        ``out`` with the shape and dtype of ``u``; with ``return_last_state`` the pair
+        ``(out, last_state)``, ``last_state`` ``(B, D, N)`` (``(S, D, N)`` when packed), differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+        BackendUnavailable: a backend was forced that cannot serve the call.
+
+    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023,
+    equation 2 and algorithm 2.
+    """
+    call = prepare(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
+        initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse, layout=layout,
+        deterministic=deterministic,
+    )  # fmt: skip
+    name = SCAN.choose(call, call.device_type, call.u.numel())
+    if name == "reference":
+        out, last_state = reference.selective_scan(
+            call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias, call.delta_softplus,
+            initial_state=call.initial_state, cu_seqlens=call.cu_seqlens, reverse=call.reverse,
+        )  # fmt: skip
+    else:
+        out, last_state = kernels.scan(name, call)
+    if call.bld:
+        out = out.transpose(1, 2)
+    return (out, last_state) if return_last_state else out
+
+
+def prepare(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    layout: str = "bdl",
+    deterministic: bool | None = None,
+) -> Call:
+    """Check the arguments of ``selective_scan`` and bring them to one form, without copying a sequence."""
+    op = "selective_scan"
+    if layout not in ("bdl", "bld"):
+        raise ValueError(f'{op}: layout is {layout!r}; it must be "bdl" or "bld"')
+    bld = layout == "bld"
+    check.tensors(op, u=u, delta=delta, A=A, B=B, C=C)
+    check.tensors(op, optional=True, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    shape = "(B, L, D)" if bld else "(B, D, L)"
+    check.rank(op, "u", u, 3, shape)
+
+    u, delta, z, B, C = _autocast(u, delta, z, B, C, A)
+    check.dtype(op, "u", u, SEQUENCE_DTYPES)
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    acc = (torch.complex128 if real == torch.float64 else torch.complex64) if A.is_complex() else real
+
+    for name, tensor in (("delta", delta), ("z", z)):
+        if tensor is not None:
+            check.same_shape(op, name, tensor, "u", u)
+            check.same_dtype(op, name, tensor, "u", u)
+    if bld:
+        u, delta = u.transpose(1, 2), delta.transpose(1, 2)
+        z = None if z is None else z.transpose(1, 2)
+    batch, dim, seqlen = u.shape
+
+    check.rank(op, "A", A, 2, "(D, N)")
+    if A.shape[0] != dim:
+        raise ValueError(f"{op}: A has shape {tuple(A.shape)}; its first size must be D = {dim}")
+    check.weight_dtype(op, "A", A, u, complex_too=True)
+    dstate = A.shape[1]
+
+    B = _coefficient(op, "B", B, u, A, bld)
+    C = _coefficient(op, "C", C, u, A, bld)
+    for name, tensor in (("D", D), ("delta_bias", delta_bias)):
+        if tensor is not None:
+            check.shape(op, name, tensor, (dim,), "(D,)")
+            check.weight_dtype(op, name, tensor, u)
+    check.same_device(op, u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state,
+                      cu_seqlens=cu_seqlens)  # fmt: skip
+
+    rows = batch
+    if cu_seqlens is not None:
+        check.cu_seqlens(op, cu_seqlens, batch, seqlen)
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+        rows = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        check.shape(op, "initial_state", initial_state, (rows, dim, dstate),
+                    "(B, D, N)" if cu_seqlens is None else "(S, D, N)")  # fmt: skip
+        check.weight_dtype(op, "initial_state", initial_state, u, complex_too=A.is_complex())
+
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+
+    def weight(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype).contiguous()
+
+    return Call(
+        u, delta, weight(A, acc), B, C, weight(D, real), z, weight(delta_bias, real), weight(initial_state, acc),
+        cu_seqlens, bool(delta_softplus), bool(reverse), bld, bool(deterministic),
+    )  # fmt: skip
+
+
+def _autocast(u, delta, z, B, C, A):
+    """Under autocast, sequences follow the autocast dtype, as the products before them do."""
+    if not torch.is_autocast_enabled(u.device.type) or u.dtype == torch.float64:
+        return u, delta, z, B, C
+    dtype = torch.get_autocast_dtype(u.device.type)
+
+    def cast(tensor: Tensor | None, variable: bool = True) -> Tensor | None:
+        if tensor is None or not variable or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(dtype)
+
+    variable_B, variable_C = B.dim() > 2 and not A.is_complex(), C.dim() > 2 and not A.is_complex()
+    return cast(u), cast(delta), cast(z), cast(B, variable_B), cast(C, variable_C)
+
+
+def _coefficient(op: str, name: str, coef: Tensor, u: Tensor, A: Tensor, bld: bool) -> Tensor:
+    """B or C as (D, N) contiguous in the accumulation dtype, or as a (B, G, N, L) view."""
+    batch, dim, seqlen = u.shape
+    dstate = A.shape[1]
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    acc = (torch.complex128 if real == torch.float64 else torch.complex64) if A.is_complex() else real
+    if coef.is_complex() and not A.is_complex():
+        raise TypeError(f"{op}: {name} is complex and A is real; make A complex or {name} real")
+
+    if coef.dim() == 2:
+        check.shape(op, name, coef, (dim, dstate), "(D, N)")
+        check.weight_dtype(op, name, coef, u, complex_too=A.is_complex())
+        return coef.to(acc).contiguous()
+    forms = "(B, L, N) or (B, L, G, N)" if bld else "(B, N, L) or (B, G, N, L)"
+    if coef.dim() not in (3, 4):
+        raise ValueError(f"{op}: {name} has shape {tuple(coef.shape)}; it must be (D, N), {forms}")
+    if bld:
+        coef = coef.transpose(1, 2).unsqueeze(1) if coef.dim() == 3 else coef.permute(0, 2, 3, 1)
+    elif coef.dim() == 3:
+        coef = coef.unsqueeze(1)
+    if A.is_complex() and not coef.is_complex():
+        check.dtype(op, name, coef, SEQUENCE_DTYPES)
+        if not bld and seqlen > 0 and coef.shape[3] == 2 * seqlen:
+            coef = torch.view_as_complex(coef.to(real).contiguous().unflatten(-1, (seqlen, 2)))
+    groups = coef.shape[1]
+    if (coef.shape[0], coef.shape[2], coef.shape[3]) != (batch, dstate, seqlen):
+        raise ValueError(
+            f"{op}: {name} has batch {coef.shape[0]}, state size {coef.shape[2]} and length {coef.shape[3]}; "
+            f"they must be B = {batch}, N = {dstate} and L = {seqlen} in the form {forms}"
+        )
+    if groups == 0 or dim % groups:
+        raise ValueError(f"{op}: {name} has {groups} groups, which does not divide D = {dim}")
+    if A.is_complex():
+        return coef.to(acc)
+    check.same_dtype(op, name, coef, "u", u)
+    return coef
+
+
+class UpdateCall(NamedTuple):
+    """A checked call of the one-token form, with heads: see ``reference.selective_state_update``."""
+
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    state_batch_indices: Tensor | None
+
+    @property
+    def device_type(self) -> str:
+        return self.x.device.type
+
+    def summary(self) -> str:
+        batch, heads, headdim = self.x.shape
+        return (
+            f"B={batch}, H={heads}, P={headdim}, N={self.A.shape[2]}, {check.dtype_name(self.x.dtype)}, "
+            f"state {check.dtype_name(self.state.dtype)}, {self.x.device}"
+        )
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of the selective scan, for decoding. ``state`` is changed in place.
+
+    Args:
+        state: ``(R, D, N)``, or ``(R, H, P, N)`` with heads; R is the batch, or the number of cache
+            rows with ``state_batch_indices``. float32, float16, bfloat16 or float64, any strides.
+        x: ``(B, D)`` or ``(B, H, P)``; float32, float16, bfloat16 or float64.
+        dt: step sizes, shape and dtype of ``x`` (expanded along P is fine).
+        A: ``(D, N)`` or ``(H, P, N)``.
+        B, C: ``(B, N)`` or ``(B, G, N)``, dtype of ``x``; G divides H (or D, without heads).
+        D: ``(D,)`` or ``(H, P)``, or None.
+        z: gate, shape and dtype of ``x``, or None.
+        dt_bias: ``(D,)`` or ``(H, P)``, or None.
+        dt_softplus: pass ``dt + dt_bias`` through softplus.
+        state_batch_indices: ``(B,)`` int32 or int64: the row of ``state`` each item uses. A negative
+            index is padding: its output is 0 and no state is touched. Live indices must differ.
+
+    Returns:
+        ``(B, D)`` or ``(B, H, P)`` in the dtype of ``x``. Not differentiable: use ``selective_scan``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be; ``state`` is untouched.
+        BackendUnavailable: a backend was forced that cannot serve the call.
+
+    Source: Gu and Dao, "Mamba", 2023, equation 2, one step of the recurrence.
+    """
+    call = prepare_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    name = UPDATE.choose(call, call.device_type, call.state.numel())
+    with torch.no_grad():
+        out = reference.selective_state_update(*call) if name == "reference" else kernels.update(name, call)
+    return out if x.dim() == 3 else out.flatten(1)
+
+
+def prepare_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> UpdateCall:
+    """Check the arguments of ``selective_state_update`` and give them heads, without copies."""
+    op = "selective_state_update"
+    check.tensors(op, state=state, x=x, dt=dt, A=A, B=B, C=C)
+    check.tensors(op, optional=True, D=D, z=z, dt_bias=dt_bias, state_batch_indices=state_batch_indices)
+    if state.dim() not in (3, 4):
+        raise ValueError(f"{op}: state has shape {tuple(state.shape)}; it must be (R, D, N) or (R, H, P, N)")
+    heads = state.dim() == 4
+    check.rank(op, "x", x, 3 if heads else 2, "(B, H, P)" if heads else "(B, D)")
+    check.dtype(op, "state", state, SEQUENCE_DTYPES)
+    check.dtype(op, "x", x, SEQUENCE_DTYPES)
+    check.shape(op, "x", x, (x.shape[0], *state.shape[1:-1]), "(B, *state.shape[1:-1])")
+    for name, tensor in (("dt", dt), ("z", z)):
+        if tensor is not None:
+            check.same_shape(op, name, tensor, "x", x)
+            check.same_dtype(op, name, tensor, "x", x)
+    check.shape(op, "A", A, tuple(state.shape[1:]), "(H, P, N)" if heads else "(D, N)")
+    check.weight_dtype(op, "A", A, x)
+    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
+        if tensor is not None:
+            check.shape(op, name, tensor, tuple(state.shape[1:-1]), "(H, P)" if heads else "(D,)")
+            check.weight_dtype(op, name, tensor, x)
+
+    batch, dstate = x.shape[0], state.shape[-1]
+    if not heads and B.dim() == 3 and B.shape[1] > 1:  # groups of channels: one head per group
+        groups = B.shape[1]
+        if x.shape[1] % groups:
+            raise ValueError(f"{op}: B has {groups} groups, which does not divide D = {x.shape[1]}")
+        split = (groups, x.shape[1] // groups)
+    else:
+        split = (1, x.shape[1])
+
+    def with_heads(tensor: Tensor | None, dim: int) -> Tensor | None:
+        return tensor if tensor is None or heads else tensor.unflatten(dim, split)
+
+    count = state.shape[1] if heads else split[0]
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() not in (2, 3) or tensor.shape[0] != batch or tensor.shape[-1] != dstate:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; it must be (B, N) or (B, G, N) "
+                f"with B = {batch} and N = {dstate}"
+            )
+        check.same_dtype(op, name, tensor, "x", x)
+        if tensor.dim() == 3 and (tensor.shape[1] == 0 or count % tensor.shape[1]):
+            raise ValueError(f"{op}: {name} has {tensor.shape[1]} groups, which does not divide H = {count}")
+    if B.dim() == 2:
+        B = B.unsqueeze(1)
+    if C.dim() == 2:
+        C = C.unsqueeze(1)
+    check.same_device(op, x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
+                      state_batch_indices=state_batch_indices)  # fmt: skip
+    if state_batch_indices is not None:
+        check.state_rows(op, state_batch_indices, batch, state.shape[0])
+        state_batch_indices = state_batch_indices.to(torch.int64).contiguous()
+    elif state.shape[0] != batch:
+        raise ValueError(f"{op}: state has {state.shape[0]} rows; without state_batch_indices it must have B = {batch}")
+
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def weight(tensor: Tensor | None, dim: int) -> Tensor | None:
+        return None if tensor is None else with_heads(tensor.to(acc), dim)
+
+    return UpdateCall(
+        with_heads(state, 1), with_heads(x, 1), with_heads(dt, 1), weight(A, 0), B, C, weight(D, 0),
+        with_heads(z, 1), weight(dt_bias, 0), bool(dt_softplus), state_batch_indices,
+    )  # fmt: skip
+
+
+SCAN = Op("selective_scan", prepare, {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")})
+UPDATE = Op("selective_state_update", prepare_update, SCAN.order)
+for _op in (SCAN, UPDATE):
+    _op.backend("reference", lambda call: [])
+kernels.register_backends(SCAN, UPDATE)

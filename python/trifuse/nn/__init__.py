@@ -1,1 +1,5 @@
 """Drop-in ``torch.nn`` modules."""
+
+from trifuse.nn.mamba import InferenceParams, Mamba
+
+__all__ = ["InferenceParams", "Mamba"]

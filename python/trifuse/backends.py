@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,18 @@ NAMES = ("reference", "cpp", "cuda", "triton")
 LARGE_INPUT = 1 << 20  # elements from which a fallback to the reference is worth a log line
 
 _log = logging.getLogger("trifuse")
-_forced: ContextVar[str | None] = ContextVar("trifuse_backend", default=None)
 _logged: set[str] = set()
+
+
+class _Forced(threading.local):
+    """What this thread forced. A compiled function is guarded on it and follows it, as it could not
+    follow a ContextVar; for that the name has to be an attribute of every thread's own instance."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_forced = _Forced()
 
 
 class BackendUnavailable(RuntimeError):
@@ -40,7 +50,7 @@ def _check_name(name: str, source: str) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force every op called inside the ``with`` block onto one backend.
+    """Force every op that this thread calls inside the ``with`` block onto one backend.
 
     Args:
         name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
@@ -49,16 +59,16 @@ def backend(name: str) -> Iterator[None]:
         ValueError: no backend has that name.
         BackendUnavailable: (from the op) the backend cannot serve the call; it never falls back.
     """
-    token = _forced.set(_check_name(name, "trifuse.backend"))
+    before, _forced.name = _forced.name, _check_name(name, "trifuse.backend")
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = before
 
 
 def forced_backend() -> str | None:
     """The backend forced by ``trifuse.backend`` or ``TRIFUSE_BACKEND``, or None."""
-    name = _forced.get()
+    name = _forced.name
     if name is None:
         name = os.environ.get("TRIFUSE_BACKEND") or None
         if name is not None:

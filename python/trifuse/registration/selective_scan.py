@@ -34,6 +34,7 @@ _UPDATE = (
 # machine can have both.
 _SUFFIXES = ("", "_triton")
 _N_TENSORS = 10
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def accumulation_dtype(call_or_u: Tensor, complex: bool = False) -> torch.dtype:
@@ -154,11 +155,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _cpp_refusals(call: Any) -> list[str]:
     reasons = []
     if call.device_type != "cpu":
@@ -188,7 +184,7 @@ def _cuda_refusals(call: Any) -> list[str]:
 
 def _triton_refusals(call: Any) -> list[str]:
     reasons = []
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         reasons.append("the package triton is not installed")
     if call.device_type == "cpu":
         if not interpreting():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -209,9 +210,10 @@ def prepare(
 
 def _autocast(u, delta, z, B, C, A):
     """Under autocast, sequences follow the autocast dtype, as the products before them do."""
-    if not torch.is_autocast_enabled(u.device.type) or u.dtype == torch.float64:
+    device = u.device.type
+    if u.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return u, delta, z, B, C
-    dtype = torch.get_autocast_dtype(u.device.type)
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor | None, variable: bool = True) -> Tensor | None:
         if tensor is None or not variable or not tensor.is_floating_point() or tensor.dtype == torch.float64:
@@ -368,18 +370,6 @@ def prepare_update(
             check.weight_dtype(op, name, tensor, x)
 
     batch, dstate = x.shape[0], state.shape[-1]
-    if not heads and B.dim() == 3 and B.shape[1] > 1:  # groups of channels: one head per group
-        groups = B.shape[1]
-        if x.shape[1] % groups:
-            raise ValueError(f"{op}: B has {groups} groups, which does not divide D = {x.shape[1]}")
-        split = (groups, x.shape[1] // groups)
-    else:
-        split = (1, x.shape[1])
-
-    def with_heads(tensor: Tensor | None, dim: int) -> Tensor | None:
-        return tensor if tensor is None or heads else tensor.unflatten(dim, split)
-
-    count = state.shape[1] if heads else split[0]
     for name, tensor in (("B", B), ("C", C)):
         if tensor.dim() not in (2, 3) or tensor.shape[0] != batch or tensor.shape[-1] != dstate:
             raise ValueError(
@@ -387,12 +377,16 @@ def prepare_update(
                 f"with B = {batch} and N = {dstate}"
             )
         check.same_dtype(op, name, tensor, "x", x)
-        if tensor.dim() == 3 and (tensor.shape[1] == 0 or count % tensor.shape[1]):
-            raise ValueError(f"{op}: {name} has {tensor.shape[1]} groups, which does not divide H = {count}")
-    if B.dim() == 2:
-        B = B.unsqueeze(1)
-    if C.dim() == 2:
-        C = C.unsqueeze(1)
+        if tensor.dim() == 3 and (tensor.shape[1] == 0 or x.shape[1] % tensor.shape[1]):
+            size = f"{'H' if heads else 'D'} = {x.shape[1]}"
+            raise ValueError(f"{op}: {name} has {tensor.shape[1]} groups, which does not divide {size}")
+    B, C = (tensor.unsqueeze(1) if tensor.dim() == 2 else tensor for tensor in (B, C))
+    count = math.lcm(B.shape[1], C.shape[1])  # without heads, as many as both kinds of groups need
+    split = (count, x.shape[1] // count)
+
+    def with_heads(tensor: Tensor | None, dim: int) -> Tensor | None:
+        return tensor if tensor is None or heads else tensor.unflatten(dim, split)
+
     check.same_device(op, x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
                       state_batch_indices=state_batch_indices)  # fmt: skip
     if state_batch_indices is not None:

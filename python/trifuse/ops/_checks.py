@@ -70,6 +70,15 @@ def same_device(op: str, sequence: Tensor, **arguments: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}; it must be on {sequence.device} like the sequences")
 
 
+def written(op: str, name: str, tensor: Tensor) -> None:
+    """A tensor that is changed in place must not be expanded: two elements would share one number."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: {name} has strides {tuple(tensor.stride())}, so elements share memory; "
+            "it is changed in place and each must have its own"
+        )
+
+
 def cu_seqlens(op: str, offsets: Tensor, batch: int, seqlen: int) -> None:
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: cu_seqlens is {dtype_name(offsets.dtype)}; it must be int32 or int64")

@@ -353,6 +353,7 @@ def prepare_update(
     check.tensors(op, optional=True, D=D, z=z, dt_bias=dt_bias, state_batch_indices=state_batch_indices)
     if state.dim() not in (3, 4):
         raise ValueError(f"{op}: state has shape {tuple(state.shape)}; it must be (R, D, N) or (R, H, P, N)")
+    check.written(op, "state", state)
     heads = state.dim() == 4
     check.rank(op, "x", x, 3 if heads else 2, "(B, H, P)" if heads else "(B, D)")
     check.dtype(op, "state", state, SEQUENCE_DTYPES)

@@ -1,0 +1,75 @@
+"""Floors: times no kernel for this work can go below on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from trifuse.report.workloads import Inputs, Workload
+
+__all__ = ["computed_gpu_exp_floor", "copy_floor", "exp_floor"]
+
+_L1_ELEMENTS = 4096  # 16 KB of float32: stays in any first-level cache
+_SPECIAL_PER_CLOCK = 16  # exponentials per clock and multiprocessor, compute capability 7.x to 10.x
+
+
+def native_exp_floor() -> Callable[[int, int], float] | None:
+    """The compiled loop, or None where this installation has none."""
+    try:
+        from trifuse import _native
+    except ImportError:
+        return None
+    return getattr(_native, "exp_floor", None)
+
+
+def exp_floor(workload: Workload) -> tuple[Callable[[], object], str]:
+    """A call that computes as many exponentials as the workload's scan, and what it is."""
+    native = native_exp_floor()
+    threads = torch.get_num_threads()
+    count = workload.exponentials
+    if native is not None:
+        return lambda: native(count, threads), f"{count:,} exponentials, the kernels' own exp, {threads} threads"
+    # torch.exp_ on one cached tile per thread: an upper bound of the true floor, as each repetition
+    # is a torch call.
+    tile = torch.zeros(_L1_ELEMENTS * threads)
+    repeats = max(1, count // tile.numel())
+
+    def loop() -> None:
+        for _ in range(repeats):
+            tile.zero_().exp_()
+
+    return loop, f"{count:,} exponentials by torch.exp_ on a cached tensor (no compiled floor in this installation)"
+
+
+def copy_floor(inputs: Inputs, direction: str) -> tuple[Callable[[], object], str]:
+    """A call that moves as many bytes as the call must read and write once."""
+    total = inputs.bytes(direction)
+    if direction == "fwd+bwd":
+        total += inputs.dout.nbytes
+    source = torch.zeros(max(1, total // 8), dtype=torch.float32, device=inputs.u.device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), f"torch copy moving {total / 1e6:.1f} MB, reads and writes counted"
+
+
+def computed_gpu_exp_floor(workload: Workload) -> tuple[float, str]:
+    """Seconds the special-function units need at their peak rate: computed, not measured."""
+    properties = torch.cuda.get_device_properties(0)
+    clock = getattr(properties, "clock_rate", 0) * 1e3 or _nvidia_smi_clock()
+    rate = properties.multi_processor_count * _SPECIAL_PER_CLOCK * clock
+    text = f"computed: {workload.exponentials:,} exponentials at {_SPECIAL_PER_CLOCK} per clock and multiprocessor, "
+    return workload.exponentials / rate, text + f"{clock / 1e6:.0f} MHz"
+
+
+def _nvidia_smi_clock() -> float:
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) * 1e6
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -32,9 +32,8 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], form: s
 
 def same_shape(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.shape != other.shape:
-        raise ValueError(
-            f"{op}: {name} has shape {tuple(tensor.shape)}; it must have the shape of {other_name}, {tuple(other.shape)}"
-        )
+        was, expected = tuple(tensor.shape), tuple(other.shape)
+        raise ValueError(f"{op}: {name} has shape {was}; it must have the shape of {other_name}, {expected}")
 
 
 def dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -61,7 +60,8 @@ def weight_dtype(op: str, name: str, tensor: Tensor, sequence: Tensor, complex_t
             allowed.append(torch.complex128)
     if tensor.dtype not in allowed:
         names = " or ".join(dtype_name(one) for one in allowed)
-        raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}; beside {dtype_name(sequence.dtype)} sequences it must be {names}")
+        was, beside = dtype_name(tensor.dtype), dtype_name(sequence.dtype)
+        raise TypeError(f"{op}: {name} is {was}; beside {beside} sequences it must be {names}")
 
 
 def same_device(op: str, sequence: Tensor, **arguments: Tensor | None) -> None:

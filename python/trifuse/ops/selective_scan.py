@@ -153,7 +153,9 @@ def prepare(
         raise ValueError(f'{op}: layout is {layout!r}; it must be "bdl" or "bld"')
     bld = layout == "bld"
     check.tensors(op, u=u, delta=delta, A=A, B=B, C=C)
-    check.tensors(op, optional=True, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    check.tensors(
+        op, optional=True, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
     shape = "(B, L, D)" if bld else "(B, D, L)"
     check.rank(op, "u", u, 3, shape)
 

@@ -1,0 +1,626 @@
+// Backward selective scan on a CPU: tiles in reverse order of processing. Inside a tile the states are
+// recomputed from the chunk state the forward pass saved, then the adjoint runs back through them.
+#pragma once
+
+#include "selective_scan_fwd.h"
+
+namespace trifuse::cpu {
+namespace {
+
+// Adjoint of StateLoop. `carry` is the gradient of the state behind the step at hand.
+template <class T>
+struct AdjointLoop : StateLoop<T> {
+  const T* gy;   // [t][lane], gradient of y
+  T* gdtu;       // [t][lane], accumulated: gradient of dt * u
+  T* gdt;        // [t][lane], accumulated: gradient of dt through the decay
+  T* carry;      // [n][lane], in and out
+  T* gA;         // [n][lane], accumulated; for real A in units of log2(e), those of dt
+  T* gB;         // [t][n][lane] or [n][lane], accumulated
+  T* gC;
+  T* decays;     // scratch, [s][state at hand][lane]
+  T* states;     // scratch, [s + 1][state at hand][lane]: the state before step s
+};
+
+template <class T, int kStates, bool kVariableB, bool kVariableC, bool kOutput>
+TRIFUSE_INLINE void recompute_states(const AdjointLoop<T>& a, int64_t n0) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> h[kStates];
+  const T* rates = a.rates + n0 * lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < kStates; ++i) {
+    h[i] = load<T>(a.h + (n0 + i) * lanes);
+    store<T>(a.states + i * lanes, h[i]);
+  }
+  for (int64_t s = 0; s < a.tile.count; ++s) {
+    const int64_t t = a.tile.row(s);
+    const Vec<T> dt = load<T>(a.dt + t * lanes), dtu = load<T>(a.dtu + t * lanes);
+    Vec<T> y = kOutput ? load<T>(a.y + t * lanes) : dt;
+#pragma GCC unroll 16
+    for (int i = 0; i < kStates; ++i) {
+      const Vec<T> decay = exp2_product<T>(dt, load<T>(rates + i * lanes));
+      h[i] = decay * h[i] + dtu * coefficient<T, kVariableB>(a.B, t, a.dstate, n0 + i);
+      if constexpr (kOutput) y += coefficient<T, kVariableC>(a.C, t, a.dstate, n0 + i) * h[i];
+      store<T>(a.decays + (s * kStates + i) * lanes, decay);
+      store<T>(a.states + ((s + 1) * kStates + i) * lanes, h[i]);
+    }
+    if constexpr (kOutput) store<T>(a.y + t * lanes, y);
+  }
+}
+
+template <class T>
+TRIFUSE_INLINE void accumulate(T* sum, Vec<T> x) {
+  store<T>(sum, load<T>(sum) + x);
+}
+
+template <class T, int kStates, bool kVariableB, bool kVariableC, bool kOutput>
+void adjoint_states(const AdjointLoop<T>& a, int64_t n0) {
+  constexpr int64_t lanes = kLanes<T>;
+  recompute_states<T, kStates, kVariableB, kVariableC, kOutput>(a, n0);
+  // Sums over time start at zero in every tile and are added to the total at its end: sums of sums
+  // round less than one long sum.
+  Vec<T> carry[kStates], gA[kStates], gB[kStates], gC[kStates];
+  const T* rates = a.rates + n0 * lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < kStates; ++i) {
+    carry[i] = load<T>(a.carry + (n0 + i) * lanes);
+    gA[i] = gB[i] = gC[i] = splat(T(0));
+  }
+  for (int64_t s = a.tile.count; s-- > 0;) {
+    const int64_t t = a.tile.row(s);
+    const Vec<T> gy = load<T>(a.gy + t * lanes), dt = load<T>(a.dt + t * lanes), dtu = load<T>(a.dtu + t * lanes);
+    Vec<T> gdtu = load<T>(a.gdtu + t * lanes), gdt = load<T>(a.gdt + t * lanes);
+    const T* before = a.states + s * kStates * lanes;
+    const T* decay = a.decays + s * kStates * lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kStates; ++i) {
+      const int64_t n = n0 + i;
+      const Vec<T> g = carry[i] + gy * coefficient<T, kVariableC>(a.C, t, a.dstate, n);
+      const Vec<T> after = load<T>(before + (kStates + i) * lanes);
+      if constexpr (kVariableC) {
+        accumulate<T>(a.gC + (t * a.dstate + n) * lanes, gy * after);
+      } else {
+        gC[i] += gy * after;
+      }
+      if constexpr (kVariableB) {
+        accumulate<T>(a.gB + (t * a.dstate + n) * lanes, g * dtu);
+      } else {
+        gB[i] += g * dtu;
+      }
+      gdtu += g * coefficient<T, kVariableB>(a.B, t, a.dstate, n);
+      carry[i] = load<T>(decay + i * lanes) * g;
+      const Vec<T> q = carry[i] * load<T>(before + i * lanes);
+      gdt += q * load<T>(rates + i * lanes);
+      gA[i] += q * dt;
+    }
+    store<T>(a.gdtu + t * lanes, gdtu);
+    store<T>(a.gdt + t * lanes, gdt);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kStates; ++i) {
+    store<T>(a.carry + (n0 + i) * lanes, carry[i]);
+    accumulate<T>(a.gA + (n0 + i) * lanes, gA[i]);
+    if constexpr (!kVariableB) accumulate<T>(a.gB + (n0 + i) * lanes, gB[i]);
+    if constexpr (!kVariableC) accumulate<T>(a.gC + (n0 + i) * lanes, gC[i]);
+  }
+}
+
+template <class T>
+struct Complex {
+  Vec<T> re, im;
+};
+template <class T>
+TRIFUSE_INLINE Complex<T> load_complex(const T* planes) {
+  return {load<T>(planes), load<T>(planes + kLanes<T>)};
+}
+template <class T>
+TRIFUSE_INLINE void store_complex(T* planes, Complex<T> x) {
+  store<T>(planes, x.re);
+  store<T>(planes + kLanes<T>, x.im);
+}
+template <class T>
+TRIFUSE_INLINE void accumulate_complex(T* planes, Complex<T> x) {
+  accumulate<T>(planes, x.re);
+  accumulate<T>(planes + kLanes<T>, x.im);
+}
+// conj(a) * b: gradients of complex numbers follow torch, d/d(re) + i d/d(im).
+template <class T>
+TRIFUSE_INLINE Complex<T> conj_times(Complex<T> a, Complex<T> b) {
+  return {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re};
+}
+
+template <class T, bool kVariableB, bool kVariableC, bool kOutput>
+void adjoint_complex_state(const AdjointLoop<T>& a, int64_t n) {
+  constexpr int64_t lanes = kLanes<T>, pair = 2 * lanes;
+  Complex<T> h = load_complex<T>(a.h + n * pair);
+  store_complex<T>(a.states, h);
+  for (int64_t s = 0; s < a.tile.count; ++s) {
+    const int64_t t = a.tile.row(s);
+    const Vec<T> dtu = load<T>(a.dtu + t * lanes);
+    Complex<T> decay, b, c;
+    complex_decay<T>(load<T>(a.dt + t * lanes), a.rates + n * pair, decay.re, decay.im);
+    complex_coefficient<T, kVariableB>(a.B, t, a.dstate, n, b.re, b.im);
+    h = {decay.re * h.re - decay.im * h.im + b.re * dtu, decay.re * h.im + decay.im * h.re + b.im * dtu};
+    store_complex<T>(a.decays + s * pair, decay);
+    store_complex<T>(a.states + (s + 1) * pair, h);
+    if constexpr (kOutput) {
+      complex_coefficient<T, kVariableC>(a.C, t, a.dstate, n, c.re, c.im);
+      accumulate<T>(a.y + t * lanes, splat(T(2)) * (c.re * h.re - c.im * h.im));
+    }
+  }
+  const Complex<T> rate = load_complex<T>(a.rates + n * pair);
+  Complex<T> carry = load_complex<T>(a.carry + n * pair), gA = {splat(T(0)), splat(T(0))};
+  for (int64_t s = a.tile.count; s-- > 0;) {
+    const int64_t t = a.tile.row(s);
+    const Vec<T> gy = splat(T(2)) * load<T>(a.gy + t * lanes);
+    const Vec<T> dt = load<T>(a.dt + t * lanes), dtu = load<T>(a.dtu + t * lanes);
+    Complex<T> b, c;
+    complex_coefficient<T, kVariableB>(a.B, t, a.dstate, n, b.re, b.im);
+    complex_coefficient<T, kVariableC>(a.C, t, a.dstate, n, c.re, c.im);
+    const Complex<T> g = {carry.re + gy * c.re, carry.im - gy * c.im};
+    const Complex<T> after = load_complex<T>(a.states + (s + 1) * pair);
+    accumulate_complex<T>(a.gC + (kVariableC ? t * a.dstate + n : n) * pair, {gy * after.re, -(gy * after.im)});
+    accumulate_complex<T>(a.gB + (kVariableB ? t * a.dstate + n : n) * pair, {g.re * dtu, g.im * dtu});
+    accumulate<T>(a.gdtu + t * lanes, conj_times<T>(b, g).re);
+    carry = conj_times<T>(load_complex<T>(a.decays + s * pair), g);
+    const Complex<T> q = conj_times<T>(load_complex<T>(a.states + s * pair), carry);
+    accumulate<T>(a.gdt + t * lanes, conj_times<T>(rate, q).re);
+    gA = {gA.re + q.re * dt, gA.im + q.im * dt};
+  }
+  store_complex<T>(a.carry + n * pair, carry);
+  accumulate_complex<T>(a.gA + n * pair, gA);
+}
+
+template <class T>
+constexpr int kAdjointStatesAtOnce = kVectorBytes == 64 ? 8 : 4;
+
+template <class T, bool kVariableB, bool kVariableC, bool kOutput>
+void adjoint_all_states(const AdjointLoop<T>& a, bool complex) {
+  int64_t n = 0;
+  if (complex) {
+    for (; n < a.dstate; ++n) adjoint_complex_state<T, kVariableB, kVariableC, kOutput>(a, n);
+    return;
+  }
+  constexpr int many = kAdjointStatesAtOnce<T>;
+  for (; n + many <= a.dstate; n += many) adjoint_states<T, many, kVariableB, kVariableC, kOutput>(a, n);
+  for (; n < a.dstate; ++n) adjoint_states<T, 1, kVariableB, kVariableC, kOutput>(a, n);
+}
+
+template <class T, bool kOutput>
+void adjoint_tile(const AdjointLoop<T>& a, const SelectiveScanParams& p) {
+  if (p.B.variable && p.C.variable) return adjoint_all_states<T, true, true, kOutput>(a, p.complex);
+  if (p.B.variable) return adjoint_all_states<T, true, false, kOutput>(a, p.complex);
+  if (p.C.variable) return adjoint_all_states<T, false, true, kOutput>(a, p.complex);
+  return adjoint_all_states<T, false, false, kOutput>(a, p.complex);
+}
+
+// Where the tasks leave what is summed over tasks: weights per batch item (or segment of time), and
+// variable B and C per share of a group, both in the workspace.
+template <class T>
+struct Partials {
+  int64_t k, numbers, weight_rows, shares;
+  int64_t coefficient_size[2] = {0, 0};  // of one share
+  T *A, *D, *bias, *constant[2], *variable[2];
+  int64_t bytes;
+
+  Partials(const SelectiveScanBwdParams& p, const Partition& part, int64_t segments)
+      : k(p.complex ? 2 : 1), numbers(p.dim * p.dstate * k), weight_rows(p.batch * segments), shares(part.shares) {
+    T* next = static_cast<T*>(p.workspace);
+    const auto take = [&](int64_t count) {
+      T* at = next;
+      next += count;
+      return at;
+    };
+    A = take(weight_rows * numbers);
+    D = take(weight_rows * p.dim);
+    bias = take(weight_rows * p.dim);
+    const CoefView* views[2] = {&p.B, &p.C};
+    for (int i = 0; i < 2; ++i) {
+      constant[i] = views[i]->variable ? nullptr : take(weight_rows * numbers);
+      if (views[i]->variable) coefficient_size[i] = p.batch * views[i]->groups * p.seqlen * p.dstate * k;
+      variable[i] = take(shares * coefficient_size[i]);
+    }
+    bytes = (next - static_cast<T*>(p.workspace)) * int64_t(sizeof(T));
+  }
+};
+
+template <class T, class S>
+class BackwardTask {
+  static constexpr int64_t kL = kLanes<T>;
+
+ public:
+  BackwardTask(const SelectiveScanBwdParams& p, const Partials<T>& partials, int64_t b, int64_t begin, int64_t end,
+               int64_t share)
+      : p_(p), partials_(partials), b_(b), begin_(begin), end_(end), share_(share),
+        count_(p.dstate * (p.complex ? 2 : 1)), blocks_(block_count(p, begin, end, kL)), scratch_(bytes()),
+        B_(p, p.B, b, scratch_.take<T>(kMaxTile * count_)), C_(p, p.C, b, scratch_.take<T>(kMaxTile * count_)) {
+    for (T** planes : {&rates_, &carry_, &gA_, &constants_[0], &constants_[1], &gconstants_[0], &gconstants_[1]}) {
+      *planes = scratch_.take<T>(blocks_ * count_ * kL);
+    }
+    for (T** row : {&gD_, &gbias_}) *row = scratch_.take<T>(blocks_ * kL);
+    elapsed_ = scratch_.take<double>(blocks_ * kL);
+    for (T** rows : {&u_, &step_, &dt_, &dtu_, &y_, &slope_, &gy_, &gdtu_, &gdt_, &z_, &dout_}) {
+      *rows = scratch_.take<T>(kMaxTile * kL);
+    }
+    h_ = scratch_.take<T>(count_ * kL);
+    decays_ = scratch_.take<T>(kMaxTile * kAdjointStatesAtOnce<T> * 2 * kL);
+    states_ = scratch_.take<T>((kMaxTile + 1) * kAdjointStatesAtOnce<T> * 2 * kL);
+    for (T** sums : {&gvariable_[0], &gvariable_[1]}) *sums = scratch_.take<T>(kMaxTile * count_ * kL);
+    each_block([&](int64_t i, Block block) {
+      load_rates<T>(p_, block, planes(rates_, i));
+      if (!p_.B.variable) load_lanes<T>(static_cast<const T*>(p_.B.ptr), count_, block, planes(constants_[0], i));
+      if (!p_.C.variable) load_lanes<T>(static_cast<const T*>(p_.C.ptr), count_, block, planes(constants_[1], i));
+    });
+  }
+
+  // Run steps [first, last) backwards. The gradient of the state behind them is `enter` ((dim, dstate)
+  // or null for zero), except at the end of a sequence, where it is that of last_state.
+  // With kGradients false only the gradient of the state is carried; see `leave`.
+  template <bool kGradients>
+  void run(int64_t first, int64_t last, const void* enter) {
+    each_block([&](int64_t i, Block block) { load_state<T>(p_, enter, 0, block, planes(carry_, i)); });
+    for (T* sums : {gA_, gconstants_[0], gconstants_[1]}) {
+      for (int64_t i = 0; i < blocks_ * count_ * kL; ++i) sums[i] = 0;
+    }
+    for (int64_t i = 0; i < blocks_ * kL; ++i) elapsed_[i] = gD_[i] = gbias_[i] = 0;
+    restarted_ = false;
+    for (int64_t k = sequence_count(p_); k-- > 0;) {
+      const Sequence seq = sequence(p_, b_, k);
+      const int64_t from = most(seq.first_step, first), to = least(seq.last_step, last);
+      if (from >= to) continue;
+      if (to == seq.last_step) restart(seq);
+      for (int64_t end = to; end > from;) {
+        const int64_t start = most(from, (end - 1) / p_.chunk_size * p_.chunk_size);
+        run_tile<kGradients>(tile_at(p_, start, end), seq);
+        end = start;
+      }
+      if (from == seq.first_step) finish_sequence<kGradients>(seq);
+    }
+  }
+
+  void leave(T* decay, T* gained) {
+    each_block([&](int64_t i, Block block) {
+      store_state<T>(p_, gained, 0, block, planes(carry_, i));
+      if (restarted_) {
+        load_state<T>(p_, nullptr, 0, block, planes(carry_, i));
+      } else {
+        stretch_decay<T>(p_, elapsed_ + i * kL, planes(rates_, i), true, planes(carry_, i));
+      }
+      store_state<T>(p_, decay, 0, block, planes(carry_, i));
+    });
+  }
+
+  // Weight gradients of this task into row `row` of the partial sums.
+  void store_weights(int64_t row) {
+    each_block([&](int64_t i, Block block) {
+      if (!p_.complex) {  // gradients of the product decay_time(dt) * A, brought back to dt * A
+        for (int64_t n = 0; n < count_; ++n) {
+          T* plane = planes(gA_, i) + n * kL;
+          store<T>(plane, load<T>(plane) * splat(T(kLn2)));
+        }
+      }
+      store_lanes<T>(partials_.A + row * partials_.numbers, count_, block, planes(gA_, i));
+      store_lanes<T>(partials_.D + row * p_.dim, 1, block, gD_ + i * kL);
+      store_lanes<T>(partials_.bias + row * p_.dim, 1, block, gbias_ + i * kL);
+      for (int c = 0; c < 2; ++c) {
+        if (!partials_.constant[c]) continue;
+        store_lanes<T>(partials_.constant[c] + row * partials_.numbers, count_, block, planes(gconstants_[c], i));
+      }
+    });
+  }
+
+ private:
+  int64_t bytes() const {
+    const int64_t per_block = 7 * count_ + 4, rows = 11 * kMaxTile + count_;
+    const int64_t loop = (2 * kMaxTile + 1) * kAdjointStatesAtOnce<T> * 2;
+    return int64_t(sizeof(T)) * (2 * kMaxTile * count_ + kL * (blocks_ * per_block + rows + loop) +
+                                 2 * kMaxTile * count_ * kL) + 4096;
+  }
+  T* planes(T* base, int64_t i) const { return base + i * count_ * kL; }
+
+  template <class Visit>
+  void each_block(Visit&& visit) {
+    int64_t i = 0;
+    for (int64_t c = begin_; c < end_; ++i) {
+      const Block block = block_at(p_, c, end_, kL);
+      visit(i, block);
+      c += block.width;
+    }
+  }
+
+  void restart(const Sequence& seq) {
+    restarted_ = true;
+    each_block([&](int64_t i, Block block) { load_state<T>(p_, p_.dlast_state, seq.index, block, planes(carry_, i)); });
+  }
+
+  template <bool kGradients>
+  void finish_sequence(const Sequence& seq) {
+    if (!kGradients || !p_.dinitial_state) return;
+    each_block([&](int64_t i, Block block) {
+      store_state<T>(p_, p_.dinitial_state, seq.index, block, planes(carry_, i));
+    });
+  }
+
+  template <bool kGradients>
+  void run_tile(const Tile& tile, const Sequence& seq) {
+    int64_t groups[2] = {-1, -1};
+    each_block([&](int64_t i, Block block) {
+      prepare<kGradients>(tile, block, i);
+      AdjointLoop<T> loop;
+      loop.tile = tile;
+      loop.dstate = p_.dstate;
+      loop.dt = dt_;
+      loop.dtu = dtu_;
+      loop.y = y_;
+      loop.rates = planes(rates_, i);
+      loop.B = B_.get(block, tile, planes(constants_[0], i));
+      loop.C = C_.get(block, tile, planes(constants_[1], i));
+      loop.h = h_;
+      loop.gy = gy_;
+      loop.gdtu = gdtu_;
+      loop.gdt = gdt_;
+      loop.carry = planes(carry_, i);
+      loop.gA = planes(gA_, i);
+      loop.gB = p_.B.variable ? gvariable_[0] : planes(gconstants_[0], i);
+      loop.gC = p_.C.variable ? gvariable_[1] : planes(gconstants_[1], i);
+      loop.decays = decays_;
+      loop.states = states_;
+      if constexpr (!kGradients) {
+        carry_tile(loop);
+      } else {
+        enter_group(p_.B, 0, block, tile, groups);
+        enter_group(p_.C, 1, block, tile, groups);
+        if (tile.step == seq.first_step) {
+          load_state<T>(p_, p_.initial_state, seq.index, block, h_);
+        } else {
+          load_chunk_state<T>(p_, chunk_state<T>(p_, b_, tile.step / p_.chunk_size), block, h_);
+        }
+        if (p_.z.ptr) {
+          adjoint_tile<T, true>(loop, p_);
+        } else {
+          adjoint_tile<T, false>(loop, p_);
+        }
+        finish(tile, block, i);
+      }
+    });
+    if constexpr (kGradients) {
+      store_group(p_.B, 0, groups[0], tile);
+      store_group(p_.C, 1, groups[1], tile);
+    }
+  }
+
+  // Variable dB and dC are summed over the channels of a group in lanes, and over lanes at its end.
+  void enter_group(const CoefView& view, int which, Block block, const Tile& tile, int64_t* groups) {
+    if (!view.variable) return;
+    const int64_t group = group_of(view, p_.dim, block.first);
+    if (group == groups[which]) return;
+    store_group(view, which, groups[which], tile);
+    groups[which] = group;
+    for (int64_t i = 0; i < tile.count * count_ * kL; ++i) gvariable_[which][i] = 0;
+  }
+  void store_group(const CoefView& view, int which, int64_t group, const Tile& tile) {
+    if (group < 0) return;
+    T* out = partials_.variable[which] + share_ * partials_.coefficient_size[which] +
+             ((b_ * view.groups + group) * p_.seqlen + tile.position) * count_;
+    for (int64_t i = 0; i < tile.count * count_; ++i) out[i] = sum_lanes<T>(load<T>(gvariable_[which] + i * kL));
+  }
+
+  template <bool kGradients>
+  void prepare(const Tile& tile, Block block, int64_t i) {
+    load_tile<T, S>(p_.u, b_, block, tile, u_);
+    load_tile<T, S>(p_.delta, b_, block, tile, dt_);
+    load_tile<T, S>(p_.dout, b_, block, tile, dout_);
+    if (p_.z.ptr) load_tile<T, S>(p_.z, b_, block, tile, z_);
+    const Vec<T> bias = load_channels<T>(p_.delta_bias, block, T(0));
+    const Vec<T> skip = load_channels<T>(p_.D, block, T(0));
+    const Vec<T> zero = splat(T(0)), one = splat(T(1));
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const int64_t row = t * kL;
+      const Vec<T> u = load<T>(u_ + row);
+      Softplus<T> dt{load<T>(dt_ + row) + bias, one};
+      if (p_.delta_softplus) dt = softplus<T, kGradients>(dt.value);
+      if constexpr (!kGradients) {
+        for (int64_t j = 0; j < kL; ++j) elapsed_[i * kL + j] += double(dt.value[j]);
+      }
+      Vec<T> gy = load<T>(dout_ + row);
+      if (p_.z.ptr) {
+        const Vec<T> z = load<T>(z_ + row);
+        gy = gy * z * sigmoid<T>(z);
+      }
+      store<T>(dtu_ + row, dt.value * u);
+      store<T>(step_ + row, dt.value);
+      store<T>(dt_ + row, p_.complex ? dt.value : decay_time<T>(dt.value));
+      store<T>(slope_ + row, dt.slope);
+      store<T>(gy_ + row, gy);
+      store<T>(y_ + row, p_.D ? skip * u : zero);
+      store<T>(gdtu_ + row, zero);
+      store<T>(gdt_ + row, zero);
+    }
+  }
+
+  // From the gradients of dt * u, of the decay's dt and of y to those of the arguments.
+  void finish(const Tile& tile, Block block, int64_t i) {
+    const Vec<T> skip = load_channels<T>(p_.D, block, T(0));
+    const Vec<T> one = splat(T(1));
+    Vec<T> gD = splat(T(0)), gbias = splat(T(0));
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const int64_t row = t * kL;
+      const Vec<T> u = load<T>(u_ + row), gy = load<T>(gy_ + row), gdtu = load<T>(gdtu_ + row);
+      if (p_.z.ptr) {
+        const Vec<T> z = load<T>(z_ + row), s = sigmoid<T>(z);
+        store<T>(z_ + row, load<T>(dout_ + row) * load<T>(y_ + row) * s * (one + z * (one - s)));
+      }
+      const Vec<T> gdelta = (load<T>(gdt_ + row) + gdtu * u) * load<T>(slope_ + row);
+      gbias += gdelta;
+      gD += gy * u;
+      store<T>(gdt_ + row, gdelta);
+      const Vec<T> gu = gdtu * load<T>(step_ + row);
+      store<T>(u_ + row, p_.D ? gu + skip * gy : gu);
+    }
+    accumulate<T>(gD_ + i * kL, gD);
+    accumulate<T>(gbias_ + i * kL, gbias);
+    store_tile<T, S>(p_.du, b_, block, tile, u_);
+    store_tile<T, S>(p_.ddelta, b_, block, tile, gdt_);
+    if (p_.z.ptr) store_tile<T, S>(p_.dz, b_, block, tile, z_);
+  }
+
+  // Only the carried gradient, for the first pass over segments of time.
+  void carry_tile(const AdjointLoop<T>& a) {
+    for (int64_t n = 0; n < p_.dstate; ++n) {
+      for (int64_t s = a.tile.count; s-- > 0;) {
+        const int64_t t = a.tile.row(s);
+        const Vec<T> gy = load<T>(a.gy + t * kL), dt = load<T>(a.dt + t * kL);
+        if (p_.complex) {
+          Complex<T> c, decay;
+          const Complex<T> carry = load_complex<T>(a.carry + 2 * n * kL);
+          if (p_.C.variable) {
+            complex_coefficient<T, true>(a.C, t, p_.dstate, n, c.re, c.im);
+          } else {
+            complex_coefficient<T, false>(a.C, t, p_.dstate, n, c.re, c.im);
+          }
+          complex_decay<T>(dt, a.rates + 2 * n * kL, decay.re, decay.im);
+          const Vec<T> two = splat(T(2));
+          const Complex<T> g = {carry.re + two * gy * c.re, carry.im - two * gy * c.im};
+          store_complex<T>(a.carry + 2 * n * kL, conj_times<T>(decay, g));
+        } else {
+          const Vec<T> c = p_.C.variable ? coefficient<T, true>(a.C, t, p_.dstate, n)
+                                         : coefficient<T, false>(a.C, t, p_.dstate, n);
+          const Vec<T> g = load<T>(a.carry + n * kL) + gy * c;
+          store<T>(a.carry + n * kL, exp2_product<T>(dt, load<T>(a.rates + n * kL)) * g);
+        }
+      }
+    }
+  }
+
+  const SelectiveScanBwdParams& p_;
+  const Partials<T>& partials_;
+  const int64_t b_, begin_, end_, share_, count_, blocks_;
+  Scratch scratch_;
+  CoefficientTile<T, S> B_, C_;
+  T *rates_, *carry_, *gA_, *constants_[2], *gconstants_[2], *gD_, *gbias_;
+  double* elapsed_;
+  T *u_, *step_, *dt_, *dtu_, *y_, *slope_, *gy_, *gdtu_, *gdt_, *z_, *dout_, *h_, *decays_, *states_, *gvariable_[2];
+  bool restarted_ = false;
+};
+
+// sum over rows of partial[row][i], always in the same order.
+template <class T>
+void sum_rows(const T* partial, int64_t rows, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    T total = 0;
+    for (int64_t row = 0; row < rows; ++row) total += partial[row * count + i];
+    out[i] = total;
+  }
+}
+
+// The shares of variable dB or dC, kept as [b][group][t][n], into the gradient's own strides.
+template <class T>
+void sum_shares(const SelectiveScanBwdParams& p, const Partials<T>& partials, const CoefView& view, int which,
+                const Threads& threads) {
+  const int64_t k = partials.k, count = p.dstate * k, size = partials.coefficient_size[which];
+  parallel(threads, p.batch * view.groups, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      T* out = static_cast<T*>(view.ptr) + (row / view.groups * view.batch + row % view.groups * view.group) * k;
+      const T* in = partials.variable[which] + row * p.seqlen * count;
+      for (int64_t t = 0; t < p.seqlen; ++t) {
+        for (int64_t i = 0; i < count; ++i) {
+          T total = 0;
+          for (int64_t s = 0; s < partials.shares; ++s) total += in[s * size + t * count + i];
+          out[(t * view.time + i / k * view.state) * k + i % k] = total;
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+Partition backward_partition(const SelectiveScanBwdParams& p, int64_t threads) {
+  return Partition(p, kLanes<T>, divide_up(2 * threads, most(p.batch, 1)));
+}
+
+template <class T>
+int64_t backward_workspace_bytes(const SelectiveScanBwdParams& p, int64_t threads) {
+  return Partials<T>(p, backward_partition<T>(p, threads), segment_count(p, kLanes<T>, threads)).bytes;
+}
+
+// enter[s] of every segment, from behind: the adjoint of combine_segments.
+template <class T>
+void combine_segments_backwards(const SelectiveScanBwdParams& p, int64_t segments, T* enter, const T* decay,
+                                const T* gained) {
+  const int64_t k = p.complex ? 2 : 1, numbers = p.dim * p.dstate * k;
+  for (int64_t s = segments - 1; s-- > 0;) {
+    const T *from = enter + (s + 1) * numbers, *d = decay + (s + 1) * numbers, *g = gained + (s + 1) * numbers;
+    T* to = enter + s * numbers;
+    for (int64_t i = 0; i < numbers; i += k) {
+      if (k == 1) {
+        to[i] = d[i] * from[i] + g[i];
+      } else {
+        to[i] = d[i] * from[i] - d[i + 1] * from[i + 1] + g[i];
+        to[i + 1] = d[i] * from[i + 1] + d[i + 1] * from[i] + g[i + 1];
+      }
+    }
+  }
+}
+
+template <class T, class S>
+void backward_tasks(const SelectiveScanBwdParams& p, const Partials<T>& partials, const Partition& part,
+                    int64_t segments, const Threads& threads) {
+  const int64_t ranges = part.count(), numbers = partials.numbers, each = segments * numbers;
+  const auto on_every = [&](auto&& work) {
+    parallel(threads, p.batch * ranges * segments, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t s = i % segments, range = i / segments % ranges, b = i / segments / ranges;
+        BackwardTask<T, S> task(p, partials, b, part.begin(range), part.end(range), part.share(range));
+        work(task, b, s, segment_start(p, s, segments), segment_start(p, s + 1, segments));
+      }
+    });
+  };
+  if (segments == 1) {
+    on_every([&](BackwardTask<T, S>& task, int64_t b, int64_t, int64_t from, int64_t to) {
+      task.template run<true>(from, to, nullptr);
+      task.store_weights(b);
+    });
+    return;
+  }
+  Scratch scratch(3 * p.batch * each * int64_t(sizeof(T)) + 256);
+  T* enter = scratch.take<T>(p.batch * each);
+  T* decay = scratch.take<T>(p.batch * each);
+  T* gained = scratch.take<T>(p.batch * each);
+  on_every([&](BackwardTask<T, S>& task, int64_t b, int64_t s, int64_t from, int64_t to) {
+    if (s == 0) return;
+    task.template run<false>(from, to, nullptr);
+    task.leave(decay + b * each + s * numbers, gained + b * each + s * numbers);
+  });
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t i = 0; i < numbers; ++i) enter[b * each + (segments - 1) * numbers + i] = 0;
+    combine_segments_backwards<T>(p, segments, enter + b * each, decay + b * each, gained + b * each);
+  }
+  on_every([&](BackwardTask<T, S>& task, int64_t b, int64_t s, int64_t from, int64_t to) {
+    task.template run<true>(from, to, enter + b * each + s * numbers);
+    task.store_weights(b * segments + s);
+  });
+}
+
+template <class T, class S>
+void backward(const SelectiveScanBwdParams& p, const Threads& threads) {
+  if (p.dinitial_state) pass_empty_sequences<T>(p, p.dlast_state, p.dinitial_state);
+  const Partition part = backward_partition<T>(p, threads.count);
+  const bool nothing = p.batch == 0 || p.dim == 0 || p.seqlen == 0;
+  const int64_t segments = segment_count(p, kLanes<T>, threads.count);
+  const Partials<T> partials(p, part, segments);
+  if (!nothing) backward_tasks<T, S>(p, partials, part, segments, threads);
+  const int64_t rows = nothing ? 0 : partials.weight_rows;
+  sum_rows<T>(partials.A, rows, partials.numbers, static_cast<T*>(p.dA));
+  if (p.dD) sum_rows<T>(partials.D, rows, p.dim, static_cast<T*>(p.dD));
+  if (p.ddelta_bias) sum_rows<T>(partials.bias, rows, p.dim, static_cast<T*>(p.ddelta_bias));
+  const CoefView *views[2] = {&p.B, &p.C}, *grads[2] = {&p.dB, &p.dC};
+  for (int i = 0; i < 2; ++i) {
+    if (!views[i]->variable) {
+      sum_rows<T>(partials.constant[i], rows, partials.numbers, static_cast<T*>(grads[i]->ptr));
+    } else if (!nothing) {
+      sum_shares<T>(p, partials, *grads[i], i, threads);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace trifuse::cpu

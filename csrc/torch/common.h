@@ -1,0 +1,111 @@
+// What every op's torch glue needs: LibTorch's stable ABI and the device this file is compiled for.
+// Compiled as it is the kernels are the CPU's; with TRIFUSE_CUDA they are CUDA's; with TRIFUSE_EMULATED
+// they are CUDA's as the host compiler built them, on CPU tensors and in a torch library of their own.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#if defined(TRIFUSE_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#define TRIFUSE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(trifuse, CUDA, m)
+#elif defined(TRIFUSE_EMULATED)
+#define TRIFUSE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(trifuse_emulated, CPU, m)
+#else
+#define TRIFUSE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(trifuse, CPU, m)
+#endif
+
+#include "trifuse/selective_scan.h"
+
+namespace trifuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Double: return DType::kFloat64;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "trifuse: a sequence has a dtype that no kernel takes");
+  return DType::kFloat32;
+}
+
+inline bool is_complex(const Tensor& t) {
+  return t.scalar_type() == ScalarType::ComplexFloat || t.scalar_type() == ScalarType::ComplexDouble;
+}
+
+inline Tensor empty(std::vector<int64_t> size, ScalarType dtype, const Tensor& device_of) {
+  return torch::stable::new_empty(device_of, size, dtype);
+}
+
+inline void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
+
+// A (batch, dim, seqlen) tensor.
+inline SeqView sequence_view(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+// B or C: constant (dim, dstate), or variable (batch, groups, dstate, seqlen).
+inline CoefView coefficient_view(const Tensor& t) {
+  CoefView view;
+  view.ptr = t.data_ptr();
+  view.variable = t.dim() == 4;
+  if (view.variable) {
+    view.groups = t.size(1);
+    view.batch = t.stride(0);
+    view.group = t.stride(1);
+    view.state = t.stride(2);
+    view.time = t.stride(3);
+  }
+  return view;
+}
+
+// Uninitialised (batch, dim, seqlen), in memory (batch, seqlen, dim) if bld.
+inline Tensor empty_sequence(const Tensor& like, bool bld) {
+  const int64_t batch = like.size(0), dim = like.size(1), seqlen = like.size(2);
+  if (!bld) return empty({batch, dim, seqlen}, like.scalar_type(), like);
+  return torch::stable::transpose(empty({batch, seqlen, dim}, like.scalar_type(), like), 1, 2);
+}
+
+// Uninitialised, for the gradient of B or C: in memory (batch, seqlen, groups, dstate) if bld.
+inline Tensor empty_coefficient(const Tensor& like, ScalarType dtype, bool bld) {
+  if (like.dim() == 2) return empty({like.size(0), like.size(1)}, dtype, like);
+  const int64_t batch = like.size(0), groups = like.size(1), dstate = like.size(2), seqlen = like.size(3);
+  if (!bld) return empty({batch, groups, dstate, seqlen}, dtype, like);
+  const Tensor memory = empty({batch, seqlen, groups, dstate}, dtype, like);
+  return torch::stable::transpose(torch::stable::transpose(memory, 1, 2), 2, 3);
+}
+
+inline Tensor with_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+#if defined(TRIFUSE_CUDA)
+inline cuda::Stream current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+#elif defined(TRIFUSE_EMULATED)
+inline cuda::Stream current_stream(const Tensor&) { return nullptr; }
+#else
+// torch's own threads: torch.set_num_threads is obeyed.
+inline cpu::Threads torch_threads() {
+  return {nullptr,
+          [](void*, int64_t n, void* context, void (*body)(void*, int64_t, int64_t)) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          int64_t(torch::stable::get_num_threads())};
+}
+#endif
+
+}  // namespace trifuse

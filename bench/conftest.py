@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,12 @@ def _listed(text: str) -> tuple[str, ...]:
 class _Events:
     def __init__(self, path: str | None):
         self.path = None if path is None else Path(path)
+        self.start = time.monotonic()
 
     def __call__(self, event: dict) -> None:
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(json.dumps({"at": round(time.monotonic() - self.start, 3), **event}) + "\n")
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict:
@@ -73,8 +75,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for entry, block in turns
         ],
     )  # fmt: skip
-
-
 
 
 @pytest.fixture(scope="session")

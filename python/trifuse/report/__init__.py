@@ -62,7 +62,7 @@ def run(options: Options) -> int:
     groups = summary.groups(chosen, measured)
     report = {
         "schema": 1,
-        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": options.device,
         "full": options.full,
         "blocks": arena.BLOCKS,
@@ -71,7 +71,7 @@ def run(options: Options) -> int:
         "headlines": summary.headlines(groups, options.device),
         "groups": groups,
         "failed": [one["entry"] for one in measured.failed],
-        "verdicts": [{key: value for key, value in one.items() if key != "kind"} for one in measured.verdicts],
+        "verdicts": measured.verdicts,
         "absent": summary.reasons(measured),
         "byte_lm": None,
         "seconds": time.monotonic() - started,

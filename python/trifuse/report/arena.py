@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,12 +20,13 @@ from trifuse.report.contenders import CONTENDERS
 from trifuse.report.validation import Validator, Verdict
 from trifuse.report.workloads import DTYPES, Entry, Inputs, Workload, make_inputs
 
-__all__ = ["BLOCKS", "EXP_FLOOR", "COPY_FLOOR", "Arena", "NotTimed", "Turn", "schedule", "timer"]
+__all__ = ["BLOCKS", "COPY_FLOOR", "EXP_FLOOR", "Arena", "NotTimed", "Turn", "schedule", "timer"]
 
 BLOCKS = 5
 EXP_FLOOR, COPY_FLOOR = "exp-floor", "copy-floor"
 _FLOORS = (EXP_FLOOR, COPY_FLOOR)
 _MAX_ROUNDS = 50
+_COPY_FLOOR_ELEMENTS = 1 << 26  # beyond them its buffers alone would take gigabytes
 _SLOW = 2.0  # seconds a call, from which on two rounds must do in a quick report
 
 
@@ -70,7 +71,8 @@ def schedule(workloads: tuple[Workload, ...], device: str) -> tuple[list[tuple[E
             if workload.op == "selective_scan":
                 if device == "cpu":
                     group.append(Entry(workload, direction, EXP_FLOOR, "float32", ""))
-                group += [Entry(workload, direction, COPY_FLOOR, dtype, "") for dtype in workload.dtypes]
+                if workload.elements < _COPY_FLOOR_ELEMENTS:
+                    group += [Entry(workload, direction, COPY_FLOOR, dtype, "") for dtype in workload.dtypes]
             for block in range(BLOCKS):
                 turns += [(entry, block) for entry in (group if block % 2 == 0 else reversed(group))]
     return turns, absent
@@ -104,9 +106,7 @@ class Arena:
         report: called with an event (a dict) for everything worth telling.
     """
 
-    def __init__(
-        self, device: str, budget: float, minimum_rounds: int, limit: float, report: Callable[[dict], None]
-    ):
+    def __init__(self, device: str, budget: float, minimum_rounds: int, limit: float, report: Callable[[dict], None]):
         self.device = device
         self.budget = budget
         self.minimum_rounds = minimum_rounds
@@ -147,7 +147,7 @@ class Arena:
         if entry.workload != self._workload:
             self._workload = entry.workload
             self._inputs.clear()
-            self.validator.forget_cases()
+            self.validator.forget_full_cases()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -175,7 +175,7 @@ class Arena:
     def _check_memory(self, entry: Entry) -> None:
         one = entry.workload
         # Five sequence tensors, their copies for validation, and as many again for gradients.
-        need = 20 * one.batch * one.seqlen * one.dim * 4
+        need = 20 * one.elements * 4
         have = memory.available_bytes(self.device)
         if need > have:
             raise NotTimed(f"it needs about {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free")
@@ -194,9 +194,11 @@ class Arena:
         """What to time, and the facts that go with it into the report."""
         inputs = self.inputs(entry)
         facts = {
-            "entry": asdict(replace_workload(entry)), "id": entry.id, "group": entry.group,
-            "exponentials": entry.workload.exponentials, "bytes": inputs.bytes(entry.direction),
+            "id": entry.id, "group": entry.group, "exponentials": entry.workload.exponentials,
+            "bytes": inputs.bytes(entry.direction),
         }  # fmt: skip
+        if self.device == "cuda" and entry.workload.op == "selective_scan":
+            facts["exp_floor_computed"], facts["exp_floor_note"] = floors.computed_gpu_exp_floor(entry.workload)
         if entry.contender == EXP_FLOOR:
             call, facts["note"] = floors.exp_floor(entry.workload)
             return call, facts
@@ -232,9 +234,3 @@ class Arena:
         # A round shorter than a millisecond would measure the clock and the loop around it.
         iterations = max(1, math.ceil(1e-3 / max(seconds, 1e-7))) if seconds < 1e-3 else 1
         return _Prepared(call, rounds, iterations, facts)
-
-
-def replace_workload(entry: Entry) -> Entry:
-    """The entry with the workload's rivals left out, which the report lists elsewhere."""
-    return replace(entry, workload=replace(entry.workload, rivals=()))
-

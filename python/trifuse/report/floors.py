@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import functools
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -55,21 +56,19 @@ def copy_floor(inputs: Inputs, direction: str) -> tuple[Callable[[], object], st
 
 def computed_gpu_exp_floor(workload: Workload) -> tuple[float, str]:
     """Seconds the special-function units need at their peak rate: computed, not measured."""
-    properties = torch.cuda.get_device_properties(0)
-    clock = getattr(properties, "clock_rate", 0) * 1e3 or _nvidia_smi_clock()
-    rate = properties.multi_processor_count * _SPECIAL_PER_CLOCK * clock
+    processors, clock = _gpu()
+    rate = processors * _SPECIAL_PER_CLOCK * clock
     text = f"computed: {workload.exponentials:,} exponentials at {_SPECIAL_PER_CLOCK} per clock and multiprocessor, "
     return workload.exponentials / rate, text + f"{clock / 1e6:.0f} MHz"
 
 
-def _nvidia_smi_clock() -> float:
-    import subprocess
+@functools.cache
+def _gpu() -> tuple[int, float]:
+    """Multiprocessors of the GPU and its highest clock in Hz."""
+    properties = torch.cuda.get_device_properties(0)
+    return properties.multi_processor_count, getattr(properties, "clock_rate", 0) * 1e3 or _nvidia_smi_clock()
 
+
+def _nvidia_smi_clock() -> float:
     command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) * 1e6
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
@@ -54,10 +55,8 @@ def available_bytes(device: str) -> int:
 
 def _trim_heap() -> None:
     # Pages that malloc keeps for itself would hide as much of the call's own use.
-    try:
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass
 
 
 def _field(path: Path, name: str) -> int:

@@ -40,7 +40,7 @@ def _facts(machine: dict) -> list[tuple[str, str]]:
     build = ", ".join(f"{name} {value}" for name, value in machine["build"].items())
     rows = [
         ("processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used"),
-        ("instruction sets", f"in use: {machine['isa'] or 'none'}; compiled and available: {', '.join(machine['isas']) or 'none'}"),
+        ("instruction sets", f"{machine['isa'] or 'none'} in use; can use: {', '.join(machine['isas']) or 'none'}"),
         ("GPU", "; ".join(machine["cuda"]) or "none"),
         ("torch", machine["torch"]),
         ("packages", packages),

@@ -24,7 +24,7 @@ def all_plots(groups: list[dict]) -> list[dict]:
     for title, caption, draw in (
         ("Time against length", "float32, D 1536, N 16. Both axes logarithmic; dashed: forward + backward.", _lengths),
         ("Speed-up", "The fastest trifuse kernel over each rival of the same workload, float32.", _speedups),
-        ("Fraction of the floor", "Time of the exponentials alone over the time of the forward scan: 1 is the floor.", _floors),
+        ("Fraction of the floor", "Time of the exponentials alone over that of the forward scan: 1 is the floor.", _floors),
         ("Peak extra memory", "Beyond the inputs, over the bytes of inputs, output and (backward) gradients.", _memory),
     ):  # fmt: skip
         image = _draw(lambda axes, draw=draw: draw(axes, groups))
@@ -36,7 +36,8 @@ def all_plots(groups: list[dict]) -> list[dict]:
 def _draw(draw: Callable) -> str | None:
     from matplotlib import pyplot
 
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path"}):
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path"}
+    with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(6.4, 3.9), layout="constrained")
         try:
             if not draw(axes):

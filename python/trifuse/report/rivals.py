@@ -76,9 +76,7 @@ def transformers_update(arguments: tuple) -> Tensor:
     module = importlib.import_module("transformers.models.mamba.modeling_mamba")
     state, x, dt, A, B, C, D, z, dt_bias = arguments
     with torch.no_grad():
-        return module.mamba_selective_state_update(
-            state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=True
-        )
+        return module.mamba_selective_state_update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=True)
 
 
 class _PublishedScan(torch.autograd.Function):

@@ -46,7 +46,7 @@ def groups(workloads: tuple[Workload, ...], measured: Measured) -> list[dict]:
 
 
 def _split(entry: str) -> dict:
-    workload, direction, contender, dtype, *layout = entry.split("/")
+    _, _, contender, dtype, *layout = entry.split("/")
     return {
         "contender": contender, "title": title(contender), "kind": kind(contender), "dtype": dtype,
         "layout": layout[0] if layout else "",

@@ -80,7 +80,8 @@ def print_report(on: Console, report: dict) -> None:
              f"kernels {machine['isa'] or 'not compiled'}, torch {machine['torch']}, "
              + (", ".join(machine["cuda"]) or "no CUDA device"))  # fmt: skip
     for group in report["groups"]:
-        table = Table(title=f"{group['title']}: {group['op']} {group['direction']} ({group['shape']})", title_justify="left")
+        heading = f"{group['title']}: {group['op']} {group['direction']} ({group['shape']})"
+        table = Table(title=heading, title_justify="left")
         for index, header in enumerate(HEADERS):
             table.add_column(header, justify="left" if index < 3 else "right", no_wrap=index != 4)
         style = {"kernel": "bold green", "floor": "dim"}

@@ -72,7 +72,8 @@ def run_benchmarks(
         events.touch()
         command = [
             sys.executable, "-m", "pytest", *sorted(map(str, bench.glob("bench_*.py"))),
-            f"--rootdir={bench}", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin", "-q", "--tb=short",
+            f"--rootdir={bench}", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin",
+            "-q", "--tb=short",
             "--benchmark-only", "--benchmark-columns=median", f"--benchmark-json={keep_json}",
             f"--benchmark-storage=file://{scratch}/storage", f"--events={events}", f"--time-limit={time_limit}",
             *options,
@@ -89,14 +90,16 @@ def run_benchmarks(
                     process.wait()
         measured = Measured(exit_code=process.returncode, output=log.read_text(errors="replace"))
     measured.seconds = time.monotonic() - started
-    measured.verdicts = [event for event in seen if event["kind"] == "verdict"]
+    told = ("entry", "contender", "ok", "summary", "checks")
+    measured.verdicts = [{key: event[key] for key in told} for event in seen if event["kind"] == "verdict"]
     measured.absent = [event for event in seen if event["kind"] == "absent"]
     if not keep_json.exists() or keep_json.stat().st_size == 0:
         # pytest-benchmark writes nothing when nothing was timed; that is an answer if all failed or skipped.
         if process.returncode not in (0, 1) or not seen:
             where = next((event["entry"] for event in reversed(seen) if event["kind"] == "turn"), "their start")
             raise BenchmarkError(
-                f"report: the benchmarks ended with exit code {process.returncode} at {where}\n" + measured.output[-3000:]
+                f"report: the benchmarks ended with exit code {process.returncode} at {where}\n"
+                + measured.output[-3000:]
             )
         return measured
     data = json.loads(keep_json.read_text())
@@ -105,9 +108,7 @@ def run_benchmarks(
     return measured
 
 
-def _follow(
-    process: subprocess.Popen, events: Path, on_event: Callable[[dict], None], deadline: float
-) -> list[dict]:
+def _follow(process: subprocess.Popen, events: Path, on_event: Callable[[dict], None], deadline: float) -> list[dict]:
     seen, rest = [], ""
     with events.open() as stream:
         while True:

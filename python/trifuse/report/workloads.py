@@ -42,6 +42,11 @@ class Workload:
         """exp(dt * A) of the recurrence: what no forward scan can do without."""
         return self.batch * self.dim * self.seqlen * self.dstate
 
+    @property
+    def elements(self) -> int:
+        """Elements of one sequence tensor."""
+        return self.batch * self.dim * self.seqlen
+
     def shape(self) -> str:
         length = "" if self.op == "selective_state_update" else f" L{self.seqlen}"
         return f"B{self.batch} D{self.dim}{length} N{self.dstate}"
@@ -159,6 +164,7 @@ SMOKE = Workload(
     rivals=((FWD, ("reference",)), (FWD_BWD, ("reference",))), on_request=True,
 )  # fmt: skip
 
+# The most telling first: a time limit cuts from the end.
 QUICK = (
     Workload(
         "mamba-130m", "one layer of Mamba 130M, 2048 tokens", dtypes=_BOTH, layouts=("bld", "bdl"),
@@ -170,12 +176,9 @@ QUICK = (
     ),
     _decode("decode-130m", "one token, batch 1, Mamba 130M"),
     _decode("decode-2.8b", "one token, batch 32, Mamba 2.8B", batch=32, dim=5120),
-    *(
-        Workload(
-            f"mamba-{name}", f"one layer of Mamba {name.upper()}, 2048 tokens", dim=_MODELS[name], dtypes=_BOTH,
-            rivals=((FWD, ("reference", "mamba_ssm")), (FWD_BWD, ("mamba_ssm",))),
-        )
-        for name in ("370m", "1.4b", "2.8b")
+    Workload(
+        "long-64k", "Mamba 130M's layer, 65536 tokens", seqlen=65536,
+        rivals=((FWD, ("mamba_ssm",)), (FWD_BWD, ("mamba_ssm",))),
     ),
     *(
         Workload(
@@ -185,9 +188,12 @@ QUICK = (
         )
         for length in (256, 1024, 8192)
     ),
-    Workload(
-        "long-64k", "Mamba 130M's layer, 65536 tokens", seqlen=65536,
-        rivals=((FWD, ("mamba_ssm",)), (FWD_BWD, ("mamba_ssm",))),
+    *(
+        Workload(
+            f"mamba-{name}", f"one layer of Mamba {name.upper()}, 2048 tokens", dim=_MODELS[name], dtypes=_BOTH,
+            rivals=((FWD, ("reference", "mamba_ssm")), (FWD_BWD, ("mamba_ssm",))),
+        )
+        for name in ("370m", "1.4b", "2.8b")
     ),
     SMOKE,
 )  # fmt: skip
@@ -238,10 +244,12 @@ def select(
         ValueError: an op or a workload of that name does not exist.
     """
     found = FULL if full else QUICK
-    for wanted, known, what in ((ops, {one.op for one in found}, "op"), (names, {one.name for one in found}, "workload")):
+    for wanted, attribute in ((ops, "op"), (names, "name")):
+        known = sorted({getattr(one, attribute) for one in found})
         for name in wanted:
             if name not in known:
-                raise ValueError(f"report: there is no {what} {name!r}; choose from {', '.join(sorted(known))}")
+                what = {"op": "op", "name": "workload"}[attribute]
+                raise ValueError(f"report: there is no {what} {name!r}; choose from {', '.join(known)}")
     if ops:
         found = tuple(one for one in found if one.op in ops)
     found = tuple(one for one in found if (one.name in names if names else not one.on_request))

@@ -1,0 +1,268 @@
+"""The report: what may have a speed, how it was measured, and that the page stands on its own."""
+# ruff: noqa: E402  (the package's report can be imported only where its extra is installed)
+
+import html.parser
+import importlib
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+for _module in ("rich", "jinja2", "matplotlib", "pytest_benchmark"):
+    pytest.importorskip(_module, reason=f"the report needs {_module} (extra trifuse[report])")
+
+from trifuse import report as reports
+from trifuse.report import arena, contenders, memory, summary, timing, validation, workloads
+
+PLANTED = """
+import torch
+from trifuse.report.contenders import CONTENDERS, Contender, ours
+from trifuse.report.workloads import Inputs
+
+class Skewed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, D):
+        return D.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.001 * grad
+
+def wrong(inputs):
+    return ours("reference")(inputs) * 1.0001
+
+def wrong_gradient(inputs):
+    arguments = {name: getattr(inputs, name) for name in Inputs.ARGUMENTS}
+    arguments["D"] = Skewed.apply(inputs.D)
+    return ours("reference")(Inputs(layout=inputs.layout, dout=inputs.dout, **arguments))
+
+def raises(inputs):
+    raise RuntimeError("no such luck")
+
+for name, scan in (("wrong", wrong), ("wrong-gradient", wrong_gradient), ("raises", raises)):
+    CONTENDERS[name] = Contender(name, f"planted: {name}", "kernel", scan, layouts=("bdl",), checked=("small", "full"))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report of the smallest workload in which three wrong kernels take part: (folder, report, exit code)."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "planted_kernels.py").write_text(PLANTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", str(folder), prepend=":")
+        patch.setenv("PYTEST_PLUGINS", "planted_kernels")
+        # Two threads that wait for each other on a machine busy with other tests take seconds.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        before = dict(contenders.CONTENDERS)
+        importlib.import_module("planted_kernels")
+        try:
+            options = reports.Options(out=folder / "out", workloads=("smoke",), example=False)
+            code = reports.run(options)
+        finally:
+            contenders.CONTENDERS.clear()
+            contenders.CONTENDERS.update(before)
+            sys.modules.pop("planted_kernels", None)
+    return folder / "out", json.loads((folder / "out" / "report.json").read_text()), code
+
+
+def rows(report):
+    return {row["id"]: row for group in report["groups"] for row in group["rows"]}
+
+
+def test_a_validated_entry_has_its_median_quartiles_and_peak_memory(made):
+    row = rows(made[1])["smoke/fwd+bwd/reference/float32/bdl"]
+    seconds = row["seconds"]
+    assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"] <= seconds["max"]
+    assert row["rounds"] >= 2
+    assert row["peak_extra_bytes"] is None or row["peak_extra_bytes"] >= 0
+    assert row["floor_ratio"] > 1
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+def test_a_wrong_kernel_gets_its_errors_printed_and_no_speed(made, direction):
+    folder, report, code = made
+    entry = f"smoke/{direction}/wrong/float32/bdl"
+    row = rows(report)[entry]
+    assert "seconds" not in row and "speedup" not in row
+    assert "FAILED" in row["failed"] and "error" in row["failed"] and ">" in row["failed"]
+    assert entry in report["failed"] and code == 1
+    timed = {one["extra_info"]["id"] for one in json.loads((folder / "benchmarks.json").read_text())["benchmarks"]}
+    assert entry not in timed
+    assert row["failed"].replace(">", "&gt;") in (folder / "index.html").read_text()
+
+
+def test_a_kernel_whose_gradient_alone_is_wrong_is_timed_forward_only(made):
+    found = rows(made[1])
+    assert "seconds" in found["smoke/fwd/wrong-gradient/float32/bdl"]
+    assert " dD: error" in found["smoke/fwd+bwd/wrong-gradient/float32/bdl"]["failed"]
+
+
+def test_a_kernel_that_raises_gets_no_speed(made):
+    assert "raised RuntimeError: no such luck" in rows(made[1])["smoke/fwd/raises/float32/bdl"]["failed"]
+
+
+def test_a_failed_kernel_is_no_rival_to_be_faster_than(made):
+    kernels = [row for row in rows(made[1]).values() if row["kind"] == "kernel" and "seconds" in row]
+    assert kernels
+    assert all(set(row.get("speedups", {})) <= {"reference"} for row in kernels)
+
+
+def test_blocks_of_the_entries_of_a_group_alternate(made):
+    data = json.loads((made[0] / "benchmarks.json").read_text())["benchmarks"]
+    measured = [(one["extra_info"]["id"], one["extra_info"]["block"]) for one in data]
+    turns, _ = arena.schedule(workloads.select(names=("smoke",)), "cpu")
+    planned = [(entry.id, block) for entry, block in turns]
+    assert [turn for turn in measured if turn in planned] == [turn for turn in planned if turn in measured]
+    forward = [turn for turn in planned if "/fwd/" in turn[0]]
+    first, second = ([entry for entry, block in forward if block == one] for one in (0, 1))
+    assert len(first) >= 3 and second == first[::-1]
+    assert forward[: len(first)] == [(entry, 0) for entry in first]
+
+
+def test_the_page_stands_on_its_own_and_shows_every_row(made):
+    folder, report, _ = made
+    text = (folder / "index.html").read_text()
+
+    class Reader(html.parser.HTMLParser):
+        loaded, open_tags = [], []
+
+        def handle_starttag(self, tag, attributes):
+            self.loaded += [value for name, value in attributes if name in ("src", "href")]
+
+    reader = Reader()
+    reader.feed(text)
+    assert reader.loaded and all(one.startswith("data:image/svg+xml;base64,") for one in reader.loaded)
+    for row in rows(report).values():
+        assert row["title"] in text
+    assert report["machine"]["torch"] in text
+
+
+def test_a_crash_of_the_benchmarks_names_the_entry_it_happened_in(tmp_path, monkeypatch):
+    (tmp_path / "crashing.py").write_text(
+        "import os\nfrom trifuse.report import validation\n"
+        "validation.Validator.verdict = lambda self, contender, entry: os._exit(139)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PYTEST_PLUGINS", "crashing")
+    with pytest.raises(timing.BenchmarkError, match=r"exit code 139 at smoke/fwd/"):
+        timing.run_benchmarks(
+            timing.bench_folder(), ["--workloads=smoke"], 60.0, lambda event: None, tmp_path / "samples.json"
+        )
+
+
+def test_a_folder_without_benchmarks_is_named(tmp_path):
+    with pytest.raises(timing.BenchmarkError, match="there are no benchmarks in"):
+        timing.bench_folder(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e-3])
+def test_a_bad_element_fails_the_check(bad):
+    exact = torch.linspace(-1, 1, 100, dtype=torch.float64)
+    eager = exact.float()
+    assert validation.compare("case", "out", eager, exact, eager).ok
+    wrong = eager.clone()
+    wrong[50] += bad
+    assert not validation.compare("case", "out", wrong, exact, eager).ok
+
+
+def test_a_wrong_shape_fails_the_check():
+    exact = torch.zeros(3, dtype=torch.float64)
+    assert not validation.compare("case", "out", torch.zeros(4), exact, exact.float()).ok
+
+
+def test_channels_probed_at_full_size_have_the_gradients_of_the_whole_call():
+    workload = workloads.Workload("probe", "", dim=40, seqlen=33, dstate=3)
+    inputs = workloads.make_inputs(workload).to(dtype=torch.float64)
+    channels = torch.tensor([0, 7, 39])
+    rest = torch.ones(40, dtype=torch.bool).index_fill_(0, channels, False)
+    inputs.dout[..., rest] = 0
+    scan = contenders.ours("reference")
+    whole = contenders.forward_backward(scan, inputs)()
+    part = contenders.forward_backward(scan, inputs.channels(channels))()
+    for name, one, other in zip(("out", *inputs.ARGUMENTS), whole, part, strict=True):
+        if name not in ("B", "C"):
+            one = one.index_select(2 if one.dim() == 3 else 0, channels)
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7, 50])
+def test_no_round_is_lost_between_blocks(rounds):
+    assert sum(arena.rounds_in(block, rounds) for block in range(arena.BLOCKS)) == rounds
+
+
+def test_an_entry_after_the_time_limit_is_listed_and_not_timed():
+    events = []
+    late = arena.Arena("cpu", budget=1.0, minimum_rounds=3, limit=-1.0, report=events.append)
+    turns, _ = arena.schedule(workloads.select(names=("smoke",)), "cpu")
+    with pytest.raises(arena.NotTimed, match="time limit"):
+        late.turn(*turns[0])
+    assert events[-1]["kind"] == "absent" and not events[-1]["failed"]
+
+
+def test_statistics_are_of_all_blocks_together():
+    def block(number, data):
+        facts = {"id": "smoke/fwd/reference/float32/bdl", "group": "smoke fwd", "block": number}
+        return {"extra_info": facts, "stats": {"iterations": 1, "data": data}}
+
+    (row,) = timing.merge([block(0, [1.0, 2.0]), block(1, [3.0, 4.0, 5.0])])
+    assert row["rounds"] == 5 and row["blocks"] == [0, 1]
+    assert (row["seconds"]["min"], row["seconds"]["median"], row["seconds"]["max"]) == (1.0, 3.0, 5.0)
+
+
+def test_a_speed_up_is_over_the_fastest_rival_of_the_table():
+    def row(entry, seconds):
+        return {"id": entry, "group": "smoke fwd", "seconds": {"median": seconds}}
+
+    measured = timing.Measured(rows=[
+        row("smoke/fwd/reference/float32/bdl", 8.0), row("smoke/fwd/mambapy/float32/bld", 4.0),
+        row("smoke/fwd/cpp/float32/bld", 2.0), {**row("smoke/fwd/exp-floor/float32", 1.0), "note": "exponentials"},
+    ])  # fmt: skip
+    (group,) = summary.groups(workloads.select(names=("smoke",)), measured)
+    kernel = next(one for one in group["rows"] if one["kind"] == "kernel")
+    assert kernel["speedup"] == 2.0 and "mambapy" in kernel["speedup_over"]
+    assert kernel["speedups"] == {"reference": 4.0, "mambapy": 2.0}
+    assert kernel["floor_ratio"] == 2.0
+
+
+def test_peak_memory_counts_what_a_call_allocates_and_nothing_from_before():
+    megabytes = 1 << 20
+    # Freed heap that malloc kept would hide the call's own use.
+    kept = [torch.ones(megabytes // 8) for _ in range(64)]
+    del kept
+    peak, how = memory.peak_extra(lambda: torch.ones(32 * megabytes // 4).add_(1), "cpu")
+    if peak is None:
+        pytest.skip(f"peak memory is {how}")
+    assert 31 * megabytes < peak < 40 * megabytes
+    assert memory.peak_extra(lambda: None, "cpu")[0] < megabytes
+
+
+@pytest.mark.parametrize("wrong", [{"names": ("no-such",)}, {"ops": ("no_such",)}])
+def test_an_unknown_workload_or_op_is_named_with_those_that_exist(wrong):
+    with pytest.raises(ValueError, match=r"there is no (op|workload) 'no.such'; choose from .*s"):
+        workloads.select(**wrong)
+
+
+def test_every_rival_of_a_workload_exists():
+    for full in (False, True):
+        for workload in workloads.select(full=full):
+            for direction in workload.directions:
+                assert set(workload.rivals_in(direction)) <= set(contenders.CONTENDERS)
+
+
+@pytest.mark.parametrize("name", ["loop-compiled", "mambapy", "transformers"])
+def test_a_rival_computes_the_same_function(name):
+    contender = contenders.CONTENDERS[name]
+    reason = contender.missing("cpu")
+    if reason is None and name == "loop-compiled":
+        reason = "compiling takes longer than a test may; the report checks it before timing it"
+    if reason is not None:
+        pytest.skip(reason)
+    workload = workloads.select(names=("smoke",))[0]
+    for direction in workload.directions:
+        entry = workloads.Entry(workload, direction, name, "float32", contender.layouts[0])
+        verdict = validation.Validator("cpu").verdict(contender, entry)
+        assert verdict.ok, str(verdict)

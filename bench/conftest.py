@@ -90,7 +90,7 @@ def turn(arena: arenas.Arena, entry: workloads.Entry, block: int):
         found = arena.turn(entry, block)
     except arenas.NotTimed as reason:
         if reason.failed:
-            pytest.fail(f"{entry.id} {reason}", pytrace=False)
+            pytest.fail(f"{entry.id} failed its check against the float64 reference: {reason}", pytrace=False)
         pytest.skip(str(reason))
     with found.around():
         yield found

@@ -14,7 +14,7 @@ for _module in ("rich", "jinja2", "matplotlib", "pytest_benchmark"):
     pytest.importorskip(_module, reason=f"the report needs {_module} (extra trifuse[report])")
 
 from trifuse import report as reports
-from trifuse.report import arena, contenders, memory, summary, timing, validation, workloads
+from trifuse.report import arena, contenders, memory, page, summary, timing, validation, workloads
 
 PLANTED = """
 import torch
@@ -88,7 +88,7 @@ def test_a_wrong_kernel_gets_its_errors_printed_and_no_speed(made, direction):
     entry = f"smoke/{direction}/wrong/float32/bdl"
     row = rows(report)[entry]
     assert "seconds" not in row and "speedup" not in row
-    assert "FAILED" in row["failed"] and "error" in row["failed"] and ">" in row["failed"]
+    assert "error" in row["failed"] and " > " in row["failed"]
     assert entry in report["failed"] and code == 1
     timed = {one["extra_info"]["id"] for one in json.loads((folder / "benchmarks.json").read_text())["benchmarks"]}
     assert entry not in timed
@@ -139,6 +139,24 @@ def test_the_page_stands_on_its_own_and_shows_every_row(made):
     for row in rows(report).values():
         assert row["title"] in text
     assert report["machine"]["torch"] in text
+
+
+def test_the_example_s_figures_and_sample_are_on_the_page(made, tmp_path):
+    example = tmp_path / "byte_lm.py"
+    example.write_text(
+        "import json, sys\n"
+        "figures = {'bits_per_byte_after': 2.125, 'tokens_per_second': {'trifuse': 1234.5}}\n"
+        "figures['sample'] = 'def f():\\n  x'\n"
+        "json.dump(figures, open(sys.argv[sys.argv.index('--json') + 1], 'w'))\n"
+    )
+    found = reports.run_example(example)
+    assert found["figures"] == {"bits per byte after": 2.125, "tokens per second: trifuse": 1234.5}
+    assert found["texts"] == {"sample": "def f():\n  x"}
+    page.write_page(made[1] | {"byte_lm": found}, tmp_path / "index.html")
+    text = (tmp_path / "index.html").read_text()
+    assert "1234.5" in text and "def f():\n  x" in text
+    example.write_text("raise SystemExit(3)")
+    assert reports.run_example(example) == {"error": "examples/byte_lm.py ended with exit code 3"}
 
 
 def test_a_crash_of_the_benchmarks_names_the_entry_it_happened_in(tmp_path, monkeypatch):

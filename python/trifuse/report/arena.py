@@ -169,7 +169,7 @@ class Arena:
         verdict = self.validator.verdict(contender, entry)
         self.report({"kind": "verdict", "entry": entry.id, "contender": entry.contender, **verdict.as_dict()})
         if not verdict.ok:
-            raise NotTimed(f"FAILED its check against the float64 reference: {verdict}", failed=True)
+            raise NotTimed(str(verdict), failed=True)
         return verdict
 
     def _check_memory(self, entry: Entry) -> None:

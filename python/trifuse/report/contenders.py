@@ -211,7 +211,7 @@ CONTENDERS = {
             dtypes=("float32",), around=lambda: _with_isa("avx2"), checked=("small", "full"),
         ),
         Contender(
-            "reference", "reference: eager time loop", "reference", ours("reference"),
+            "reference", "reference: eager PyTorch", "reference", ours("reference"),
             limit={FWD: 8192, FWD_BWD: 256}, layouts=("bdl",), dtypes=("float32",), update=our_update("reference"),
         ),
         Contender(
@@ -224,7 +224,7 @@ CONTENDERS = {
             limit={FWD: 8192, FWD_BWD: 2048}, layouts=("bld",), dtypes=("float32",),
         ),
         Contender(
-            "transformers", "transformers: its own scan", "rival", rivals.transformers, rivals.transformers_missing,
+            "transformers", "transformers: its own fallback", "rival", rivals.transformers, rivals.transformers_missing,
             limit={FWD: 8192, FWD_BWD: 128}, layouts=("bdl",), dtypes=("float32",),
             update=rivals.transformers_update,
         ),

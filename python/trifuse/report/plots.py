@@ -22,9 +22,9 @@ def all_plots(groups: list[dict]) -> list[dict]:
     matplotlib.use("Agg")
     found = []
     for title, caption, draw in (
-        ("Time against length", "float32, D 1536, N 16. Both axes logarithmic; dashed: forward + backward.", _lengths),
+        ("Time against length", "float32, D 1536, N 16. Solid: forward; dashed: forward + backward.", _lengths),
         ("Speed-up", "The fastest trifuse kernel over each rival of the same workload, float32.", _speedups),
-        ("Fraction of the floor", "Time of the exponentials alone over that of the forward scan: 1 is the floor.", _floors),
+        ("Fraction of the floor", "Time of the exponentials alone over that of the forward scan.", _floors),
         ("Peak extra memory", "Beyond the inputs, over the bytes of inputs, output and (backward) gradients.", _memory),
     ):  # fmt: skip
         image = _draw(lambda axes, draw=draw: draw(axes, groups))
@@ -67,17 +67,19 @@ def _lengths(axes, groups: list[dict]) -> bool:
             continue
         points = lines.setdefault((row["contender"], group["direction"]), {})
         points[group["seqlen"]] = row["seconds"]["median"]
+    named: set[str] = set()
     for (contender, direction), points in lines.items():
         lengths = sorted(points)
         style = "-" if direction == "fwd" else "--"
         axes.plot(lengths, [points[one] for one in lengths], style, marker="o", markersize=3.5,
-                  color=_COLOURS.get(contender), label=f"{contender} {direction}")  # fmt: skip
+                  color=_COLOURS.get(contender), label=None if contender in named else contender)  # fmt: skip
+        named.add(contender)
     axes.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="seconds, median")
     axes.set_xticks(ticks := sorted({length for points in lines.values() for length in points}), map(str, ticks))
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     if lines:
-        axes.legend(fontsize=7.5, frameon=False)
+        axes.legend(fontsize=7.5, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return bool(lines)
 
 

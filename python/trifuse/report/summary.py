@@ -109,8 +109,13 @@ def headlines(tables: list[dict], device: str) -> list[dict]:
             if row is None:
                 continue
             for rival, ratio in sorted(row.get("speedups", {}).items(), key=lambda item: item[1]):
-                out.append(_line(f"{direction}, {layout}, against {rival}", f"{ratio:.4g} x",
+                out.append(_line(f"{direction}, {layout}, against {rival}", times(ratio),
                                  f"{title(rival)} / {row['title']}, medians, float32, {name}"))  # fmt: skip
+            older = next((one for one in rows if (one["contender"], one["layout"]) == ("cpp-avx2", layout)), None)
+            for rival, ratio in sorted(older["speedups"].items() if older else ()):
+                if rival in ("reference", "mambapy"):
+                    out.append(_line(f"{direction}, {layout}, AVX2 build against {rival}", times(ratio),
+                                     f"{title(rival)} / {older['title']}, medians, float32, {name}"))  # fmt: skip
             if direction == FWD and "floor_ratio" in row:
                 out.append(_line(f"fwd, {layout}, over the exponential floor", f"{row['floor_ratio']:.2f} x",
                                  f"{row['title']} / {row['floor_note']}"))  # fmt: skip
@@ -123,6 +128,10 @@ def headlines(tables: list[dict], device: str) -> list[dict]:
         out.append(_line("fwd+bwd, 65536 tokens, peak extra memory", f"{long['memory_ratio']:.2f} x",
                          f"peak extra memory ({long['memory_method']}) / (inputs + output + gradients)"))  # fmt: skip
     return out
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.0f} x" if ratio >= 100 else f"{ratio:.3g} x"
 
 
 def _line(label: str, value: str, detail: str) -> dict:

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from trifuse.report.summary import times
+
 __all__ = ["cells", "console", "print_report", "progress", "si_bytes", "si_time"]
 
 
@@ -60,7 +62,7 @@ def cells(row: dict) -> tuple[str, ...]:
     """A row as text, the same in the terminal and on the page. A failed kernel has no speed."""
     first = (row["title"], row["dtype"], row["layout"] or "-")
     if "failed" in row:
-        return (*first, "FAILED", row["failed"], "", "", "", "")
+        return (*first, "FAILED", "", "", "", "", "")
     seconds = row["seconds"]
     memory = row.get("peak_extra_bytes")
     return (
@@ -68,8 +70,8 @@ def cells(row: dict) -> tuple[str, ...]:
         si_time(seconds["median"]),
         f"{si_time(seconds['q1'])} … {si_time(seconds['q3'])}",
         str(row["rounds"]),
-        f"{row['speedup']:.4g} x" if "speedup" in row else "",
-        f"{row['floor_ratio']:.3g} x" if "floor_ratio" in row else "",
+        times(row["speedup"]) if "speedup" in row else "",
+        times(row["floor_ratio"]) if "floor_ratio" in row else "",
         "" if memory is None else f"{si_bytes(memory)} ({row['memory_ratio']:.2f} x)",
     )
 
@@ -83,12 +85,16 @@ def print_report(on: Console, report: dict) -> None:
         heading = f"{group['title']}: {group['op']} {group['direction']} ({group['shape']})"
         table = Table(title=heading, title_justify="left")
         for index, header in enumerate(HEADERS):
-            table.add_column(header, justify="left" if index < 3 else "right", no_wrap=index != 4)
+            table.add_column(header, justify="left" if index < 3 else "right", no_wrap=True)
         style = {"kernel": "bold green", "floor": "dim"}
         for row in group["rows"]:
             line = [Text(cell) for cell in cells(row)]
             table.add_row(*line, style="bold red" if "failed" in row else style.get(row["kind"], ""))
         on.print(table)
+        for row in group["rows"]:
+            if "failed" in row:
+                text = f"  FAILED {row['title']} {row['dtype']} {row['layout']}: {row['failed']}"
+                on.print(Text(text, style="bold red"))
     on.print("[dim]speed-up: over the fastest rival of the table. x floor: time over that of the exponentials alone. "
              "extra memory: peak beyond the inputs (over inputs + outputs + gradients).[/]")  # fmt: skip
     if report["absent"]:

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# The GPU rung of the proof ladder, with the machine's own Python and torch, no network, no install.
+#
+#   scripts/gpu.sh [build] [test] [sanitize] [bench]     these steps; all four if none is named
+#   scripts/gpu.sh rivals                                build the published CUDA scan from .rivals/mamba
+#
+# OUT names the folder for logs and JSON (default report/gpu), PYTHON the interpreter (default python3).
+# Every step has a limit of its own, in seconds, below 600 in all. A step that fails does not stop the
+# ones after it; the exit code is the number of steps that failed.
+set -uo pipefail
+
+cd "$(dirname "$0")/.." || exit 1
+readonly root=$PWD
+readonly out=${OUT:-report/gpu}
+readonly python=${PYTHON:-python3}
+readonly build=$root/build/gpu
+mkdir -p "$out"
+export PYTHONPATH=$build/lib${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1
+
+declare -A limits=([build]=170 [test]=140 [sanitize]=140 [bench]=140 [rivals]=580)
+
+architecture() {
+  local found
+  found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
+  echo "${found:-90}"
+}
+
+step_build() {
+  CUDAARCHS=$(architecture) TRIFUSE_BUILD_CUDA=1 \
+    "$python" setup.py -q build --build-lib "$build/lib" --build-temp "$build/temp" &&
+    "$python" -m trifuse info
+}
+
+step_test() {
+  "$python" -m pytest tests -m gpu -ra -q -p no:cacheprovider
+}
+
+# memcheck: out-of-bounds and misaligned accesses; racecheck: unordered accesses to shared memory.
+# Without torch's caching, every tensor is an allocation of its own with nothing valid behind it.
+step_sanitize() {
+  local tool code=0 found
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "compute-sanitizer is not on the PATH"
+    return 77
+  fi
+  for tool in memcheck racecheck; do
+    echo "== $tool"
+    found=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" scripts/gpu_small_shapes.py 2>&1) || code=1
+    echo "$found"
+    if grep -q "Device not supported" <<<"$found"; then
+      echo "compute-sanitizer cannot examine this device"
+      return 77
+    fi
+  done
+  return "$code"
+}
+
+step_bench() {
+  "$python" -m trifuse report --device cuda --out "$out/report" --time-limit 100 --no-example
+}
+
+# The rival's own sources, cloned by hand into the git-ignored .rivals/mamba; only this machine's GPU.
+step_rivals() {
+  local sources=$root/.rivals/mamba/csrc/selective_scan
+  if [[ ! -d $sources ]]; then
+    echo "there is no $sources"
+    return 77
+  fi
+  local major_minor
+  major_minor=$(architecture | sed -E 's/(.)$/.\1/')
+  mkdir -p "$build/rivals"
+  TORCH_CUDA_ARCH_LIST=$major_minor "$python" - "$sources" "$build/rivals" "$root/.rivals" <<'PYTHON'
+import glob
+import shutil
+import sys
+
+from torch.utils import cpp_extension
+
+sources, scratch, target = sys.argv[1:]
+flags = ["-O3", "--use_fast_math", "-std=c++17", "--expt-relaxed-constexpr", "--expt-extended-lambda",
+         "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_OPERATORS__",
+         "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__"]
+files = sorted(glob.glob(f"{sources}/*.cpp") + glob.glob(f"{sources}/*.cu"))
+cpp_extension.load(name="selective_scan_cuda", sources=files, extra_cflags=["-O3", "-std=c++17"],
+                   extra_cuda_cflags=flags, extra_include_paths=[sources], build_directory=scratch,
+                   is_python_module=False, verbose=True)
+shutil.copy(f"{scratch}/selective_scan_cuda.so", target)
+PYTHON
+}
+
+# In a process of its own, so that timeout can end it: this script with --only.
+if [[ ${1:-} == --only ]]; then
+  "step_$2"
+  exit
+fi
+
+steps=("$@")
+[[ $# -gt 0 ]] || steps=(build test sanitize bench)
+failed=0
+results=()
+for name in "${steps[@]}"; do
+  if [[ -z ${limits[$name]:-} ]]; then
+    echo "gpu.sh: there is no step '$name'; choose from build, test, sanitize, bench, rivals" >&2
+    exit 2
+  fi
+done
+for name in "${steps[@]}"; do
+  echo "== $name (at most ${limits[$name]} s, log in $out/$name.log)"
+  start=$SECONDS
+  timeout --kill-after=5 "${limits[$name]}" bash "$0" --only "$name" 2>&1 | tee "$out/$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) state=passed ;;
+    77) state="not run: $(tail -n 1 "$out/$name.log")" ;;
+    124 | 137) state="failed: ran past ${limits[$name]} s" ;;
+    *) state="failed: exit code $code" ;;
+  esac
+  [[ $state != failed* ]] || failed=$((failed + 1))
+  echo "== $name: $state, $((SECONDS - start)) s"
+  results+=("$(printf '{"step": "%s", "state": "%s", "seconds": %d}' "$name" "${state//\"/\'}" $((SECONDS - start)))")
+done
+(IFS=,; printf '[%s]\n' "${results[*]}") >"$out/steps.json"
+exit "$failed"

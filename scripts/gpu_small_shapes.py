@@ -1,0 +1,87 @@
+"""Small calls of every GPU kernel, for compute-sanitizer: awkward lengths, every option, both layouts.
+
+Each call is also compared with the reference, loosely; the tests hold kernels to the tolerance rule.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import trifuse
+from trifuse import backends
+from trifuse.report.contenders import example_call
+
+SIZES = ((1, 5, 1, 1), (2, 24, 65, 16), (1, 40, 130, 8))  # batch, dim, seqlen, dstate
+
+
+def scan_arguments(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[list[torch.Tensor], dict]:
+    batch, dim, seqlen, dstate = sizes
+
+    def normal(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(of).requires_grad_()
+
+    sequence = (batch, seqlen, dim) if layout == "bld" else (batch, dim, seqlen)
+    coefficient = (batch, seqlen, dstate) if layout == "bld" else (batch, dstate, seqlen)
+    A = (-torch.rand(dim, dstate, device="cuda")).requires_grad_()
+    tensors = [normal(*sequence, of=dtype), normal(*sequence, of=dtype), A, normal(*coefficient, of=dtype),
+               normal(*coefficient, of=dtype), normal(dim), normal(*sequence, of=dtype), normal(dim)]  # fmt: skip
+    return tensors, {"initial_state": normal(batch, dim, dstate)}
+
+
+def check(name: str, backend: str, sizes: tuple[int, ...], dtype: torch.dtype, layout: str, reverse: bool) -> None:
+    tensors, options = scan_arguments(sizes, dtype, layout)
+    inputs = [*tensors, options["initial_state"]]
+    answers = []
+    for one in (backend, "reference"):
+        with trifuse.backend(one):
+            out, last = trifuse.selective_scan(*tensors, True, True, layout=layout, reverse=reverse, **options)
+        grads = torch.autograd.grad(out.float().square().sum() + last.square().sum(), inputs)
+        answers.append([out.detach(), last.detach(), *grads])
+    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
+    for got, expected in zip(*answers, strict=True):
+        error = (got.float() - expected.float()).abs().max().item()
+        bound = tolerance * max(1.0, expected.float().abs().max().item())
+        assert error <= bound, f"{name}: error {error} > {bound}"
+
+
+def check_update(backend: str, dtype: torch.dtype) -> None:
+    state = torch.randn(3, 40, 16, device="cuda")
+    x, dt, z = (torch.randn(2, 40, device="cuda", dtype=dtype) for _ in range(3))
+    B, C = (torch.randn(2, 16, device="cuda", dtype=dtype) for _ in range(2))
+    A, D = -torch.rand(40, 16, device="cuda"), torch.randn(40, device="cuda")
+    rows = torch.tensor([2, -1], device="cuda")
+    answers = []
+    for one in (backend, "reference"):
+        kept = state.clone()
+        with trifuse.backend(one):
+            out = trifuse.selective_state_update(kept, x, dt, A, B, C, D, z, D, True, rows)
+        answers.append((out, kept))
+    for got, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(got.float(), expected.float(), atol=5e-2, rtol=5e-2)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    done = 0
+    for backend in ("cuda", "triton"):
+        op = backends.Op.registry["selective_scan"]
+        reasons = op.refusals[backend](example_call(op.name, "cuda"))
+        if reasons:
+            print(f"{backend}: not examined: {'; '.join(reasons)}")
+            continue
+        for sizes, dtype, layout in itertools.product(SIZES, (torch.float32, torch.bfloat16), ("bdl", "bld")):
+            reverse = sizes[2] == 130
+            check(f"{backend} {sizes} {dtype} {layout}", backend, sizes, dtype, layout, reverse)
+            done += 1
+        for dtype in (torch.float32, torch.bfloat16):
+            check_update(backend, dtype)
+            done += 1
+    torch.cuda.synchronize()
+    assert done, "no GPU kernel could be examined"
+    print(f"{done} small calls agree with the reference")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,93 +15,22 @@ import math
 import torch
 import triton
 import triton.language as tl
-
 from trifuse.triton_kernels import common
-from trifuse.triton_kernels.common import (
-    LN2, LOG2E, add, channels, compose, compose_restarting, load_tile, sigmoid, softplus, store_tile, wide,
-)  # fmt: skip
+from trifuse.triton_kernels.common import LN2, LOG2E, add, channels, load_tile, sigmoid, store_tile, wide
+from trifuse.triton_kernels.selective_scan_tile import (
+    accumulate,
+    boundaries,
+    column,
+    group,
+    load_channel,
+    load_coefficient,
+    load_step,
+    positions,
+    scan_rows,
+)
 from trifuse.triton_kernels.selective_state_update import selective_state_update
 
 __all__ = ["selective_scan_bwd", "selective_scan_fwd", "selective_state_update"]
-
-
-@triton.jit
-def _scan(a, b, RESTARTS: tl.constexpr, REVERSE: tl.constexpr):
-    """h = a * (h before) + b along each row, from zero."""
-    if RESTARTS:
-        _, h = tl.associative_scan((a, b), 1, compose_restarting, reverse=REVERSE)
-    else:
-        _, h = tl.associative_scan((a, b), 1, compose, reverse=REVERSE)
-    return h
-
-
-@triton.jit
-def _positions(chunk, seqlen, BLOCK_T: tl.constexpr, REVERSE: tl.constexpr):
-    """The places in time of a tile, and which of them exist: a chunk is BLOCK_T processing steps."""
-    if REVERSE:
-        t = seqlen - wide(chunk + 1) * BLOCK_T + tl.arange(0, BLOCK_T)
-        return t, t >= 0
-    else:
-        t = wide(chunk) * BLOCK_T + tl.arange(0, BLOCK_T)
-        return t, t < seqlen
-
-
-@triton.jit
-def _boundaries(sequence, cu_seqlens, t, t_mask, REVERSE: tl.constexpr):
-    """The packed sequence of each place, and where one starts and ends (in processing order)."""
-    seq = tl.load(sequence + t, mask=t_mask, other=0).to(tl.int64)
-    low = tl.load(cu_seqlens + seq, mask=t_mask, other=-1)
-    high = tl.load(cu_seqlens + seq + 1, mask=t_mask, other=0) - 1
-    if REVERSE:
-        return seq, (t == high) & t_mask, (t == low) & t_mask
-    else:
-        return seq, (t == low) & t_mask, (t == high) & t_mask
-
-
-@triton.jit
-def _load_step(delta, strides, bias, batch, d, t, mask, SOFTPLUS: tl.constexpr):
-    """delta as the recurrence reads it (zero outside the mask), and as it was before the softplus."""
-    raw = load_tile(delta, strides, batch, d, t, mask) + bias[:, None]
-    dt = raw
-    if SOFTPLUS:
-        dt = softplus(raw)
-    return tl.where(mask, dt, 0.0), raw
-
-
-@triton.jit
-def _load_channel(ptr, d, d_mask):
-    if ptr is not None:
-        return tl.load(ptr + d, mask=d_mask, other=0.0)
-    else:
-        return tl.zeros(d.shape, tl.float32)
-
-
-@triton.jit
-def _group(coef, strides, batch, d, span, VARIES: tl.constexpr):
-    """Where the B or C of these channels (all of one span) begins."""
-    if VARIES:
-        return coef + batch * strides[0] + (tl.min(d, 0) // span) * strides[1]
-    else:
-        return coef
-
-
-@triton.jit
-def _load_coefficient(base, strides, n, d, dstate, t, d_mask, t_mask, VARIES: tl.constexpr):
-    """State n of B or C, as something that broadcasts over (channels, time).
-
-    A variable one is loaded once per channel row on purpose: an aligned load of the tile's shape is
-    what makes the compiler give each lane consecutive steps, on which the cost of the scan hangs."""
-    if VARIES:
-        offsets = wide(n) * strides[2] + (t * strides[3])[None, :] + (d * 0)[:, None]
-        return tl.load(base + offsets, mask=t_mask[None, :] & d_mask[:, None], other=0.0).to(tl.float32)
-    else:
-        return tl.load(base + d * dstate + n, mask=d_mask, other=0.0)[:, None]
-
-
-@triton.jit
-def _column(tile, at):
-    """The one column of a tile that `at` marks."""
-    return tl.sum(tl.where(at[None, :], tile, 0.0), 1)
 
 
 @triton.jit
@@ -110,35 +39,37 @@ def _fwd_kernel(
     u_strides, delta_strides, z_strides, out_strides, B_strides, C_strides,
     dim, seqlen, dstate, n_blocks, n_chunks, span, B_span, C_span,
     B_VARIES: tl.constexpr, C_VARIES: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    EVEN_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    EVEN_T: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens is not None
     i = tl.arange(0, BLOCK_T)
     first = i == (BLOCK_T - 1 if REVERSE else 0)
     last = i == (0 if REVERSE else BLOCK_T - 1)
     batch = wide(tl.program_id(0) // n_blocks)
-    d, d_mask = channels(tl.program_id(0) % n_blocks, span, BLOCK_D)
-    B_base = _group(B, B_strides, batch, d, B_span, B_VARIES)
-    C_base = _group(C, C_strides, batch, d, C_span, C_VARIES)
-    skip = _load_channel(D, d, d_mask)
-    bias = _load_channel(delta_bias, d, d_mask)
+    d, d_mask = channels(tl.program_id(0) % n_blocks, span, BLOCK_D, EVEN_D)
+    B_base = group(B, B_strides, batch, d, B_span, B_VARIES)
+    C_base = group(C, C_strides, batch, d, C_span, C_VARIES)
+    skip = load_channel(D, d, d_mask)
+    bias = load_channel(delta_bias, d, d_mask)
     carry_rows = carry + (batch * dim + d) * dstate
 
     for chunk in range(n_chunks):
-        t, t_mask = _positions(chunk, seqlen, BLOCK_T, REVERSE)
+        t, t_mask = positions(chunk, seqlen, BLOCK_T, REVERSE, EVEN_T)
         mask = d_mask[:, None] & t_mask[None, :]
         x = load_tile(u, u_strides, batch, d, t, mask)
-        dt, _ = _load_step(delta, delta_strides, bias, batch, d, t, mask, SOFTPLUS)
-        y = skip[:, None] * x
+        dt, _ = load_step(delta, delta_strides, bias, batch, d, t, mask, SOFTPLUS)
+        y = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
+        if D is not None:
+            y = skip[:, None] * x
         x = x * dt
         if PACKED:
-            seq, starts, ends = _boundaries(sequence, cu_seqlens, t, t_mask, REVERSE)
+            seq, starts, ends = boundaries(sequence, cu_seqlens, t, t_mask, REVERSE)
             rows = (seq[None, :] * dim + d[:, None]) * dstate
 
         for n in range(dstate):
             log2_decay = tl.load(A + d * dstate + n, mask=d_mask, other=0.0) * LOG2E
             a = tl.exp2(dt * log2_decay[:, None])
-            b = _load_coefficient(B_base, B_strides, n, d, dstate, t, d_mask, t_mask, B_VARIES) * x
+            b = load_coefficient(B_base, B_strides, n, d, dstate, t, d_mask, t_mask, B_VARIES) * x
             if not EVEN_T:  # steps that do not exist keep the state, whatever A and B are
                 a = tl.where(t_mask[None, :], a, 1.0)
                 b = tl.where(t_mask[None, :], b, 0.0)
@@ -154,9 +85,9 @@ def _fwd_kernel(
                 a = tl.where(starts[None, :], -1.0, a)
             else:
                 b = tl.where(first[None, :], a * state[:, None] + b, b)
-            h = _scan(a, b, PACKED, REVERSE)
-            y += h * _load_coefficient(C_base, C_strides, n, d, dstate, t, d_mask, t_mask, C_VARIES)
-            tl.store(carry_rows + n, _column(h, last), mask=d_mask)
+            h = scan_rows(a, b, PACKED, REVERSE)
+            y += h * load_coefficient(C_base, C_strides, n, d, dstate, t, d_mask, t_mask, C_VARIES)
+            tl.store(carry_rows + n, column(h, last), mask=d_mask)
             if PACKED:
                 tl.store(last_state + rows + n, h, mask=d_mask[:, None] & ends[None, :])
 
@@ -191,11 +122,11 @@ def _bwd_kernel(
     program = tl.program_id(0) % programs_each
 
     for block in range(program * blocks_each, tl.minimum((program + 1) * blocks_each, n_blocks)):
-        d, d_mask = channels(block, span, BLOCK_D)
-        B_base = _group(B, B_strides, batch, d, B_span, B_VARIES)
-        C_base = _group(C, C_strides, batch, d, C_span, C_VARIES)
-        dB_base = _group(dB, dB_strides, batch, d, B_span, B_VARIES)
-        dC_base = _group(dC, dC_strides, batch, d, C_span, C_VARIES)
+        d, d_mask = channels(block, span, BLOCK_D, EVEN_D)
+        B_base = group(B, B_strides, batch, d, B_span, B_VARIES)
+        C_base = group(C, C_strides, batch, d, C_span, C_VARIES)
+        dB_base = group(dB, dB_strides, batch, d, B_span, B_VARIES)
+        dC_base = group(dC, dC_strides, batch, d, C_span, C_VARIES)
         if not ATOMIC:  # each program adds into a slab of its own: the programs of a group, counted from 0
             blocks = tl.cdiv(span, BLOCK_D)
             if B_VARIES:
@@ -204,79 +135,76 @@ def _bwd_kernel(
             if C_VARIES:
                 first_block = tl.min(d, 0) // C_span * (C_span // span * blocks)
                 dC_base += (program - first_block // blocks_each) * dC_strides[4]
-        skip = _load_channel(D, d, d_mask)
-        bias = _load_channel(delta_bias, d, d_mask)
+        skip = load_channel(D, d, d_mask)
+        bias = load_channel(delta_bias, d, d_mask)
         sum_D = tl.zeros((BLOCK_D,), tl.float32)
         sum_bias = tl.zeros((BLOCK_D,), tl.float32)
         weights = (batch * dim + d) * dstate  # rows of the (batch, D, N) sums, and of carry
 
         for step in range(n_chunks):
             chunk = n_chunks - 1 - step
-            t, t_mask = _positions(chunk, seqlen, BLOCK_T, REVERSE)
+            t, t_mask = positions(chunk, seqlen, BLOCK_T, REVERSE, EVEN_T)
             mask = d_mask[:, None] & t_mask[None, :]
-            ut = load_tile(u, u_strides, batch, d, t, mask)
-            dt, raw = _load_step(delta, delta_strides, bias, batch, d, t, mask, SOFTPLUS)
-            x = dt * ut
-            before = t - AFTER
-            before_mask = t_mask & ~first
-            x_before = load_tile(u, u_strides, batch, d, before, d_mask[:, None] & before_mask[None, :])
-            dt_before, _ = _load_step(
-                delta, delta_strides, bias, batch, d, before, d_mask[:, None] & before_mask[None, :], SOFTPLUS
-            )
-            x_before *= dt_before
-            after_mask = (t + AFTER >= 0) & (t + AFTER < seqlen) & ~last
-            dt_after, _ = _load_step(
-                delta, delta_strides, bias, batch, d, t + AFTER, d_mask[:, None] & after_mask[None, :], SOFTPLUS
-            )
+            dt, _ = load_step(delta, delta_strides, bias, batch, d, t, mask, SOFTPLUS)
+            x = dt * load_tile(u, u_strides, batch, d, t, mask)
+            before, before_mask = t - AFTER, t_mask & ~first
+            mask_before = d_mask[:, None] & before_mask[None, :]
+            x_before, _ = load_step(delta, delta_strides, bias, batch, d, before, mask_before, SOFTPLUS)
+            x_before *= load_tile(u, u_strides, batch, d, before, mask_before)
+            after_mask = ~last
+            if not EVEN_T:
+                after_mask = after_mask & (t + AFTER >= 0) & (t + AFTER < seqlen)
+            mask_after = d_mask[:, None] & after_mask[None, :]
+            dt_after, _ = load_step(delta, delta_strides, bias, batch, d, t + AFTER, mask_after, SOFTPLUS)
             dy = load_tile(dout, dout_strides, batch, d, t, mask)
             if z is not None:
                 gate = load_tile(z, z_strides, batch, d, t, mask)
                 dy *= gate * sigmoid(gate)
-            y = skip[:, None] * ut
+            y = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)  # stays zero, and costs nothing, without z
             dx = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
             ddt = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
             if PACKED:
-                seq, starts, ends = _boundaries(sequence, cu_seqlens, t, t_mask, REVERSE)
+                seq, starts, ends = boundaries(sequence, cu_seqlens, t, t_mask, REVERSE)
                 rows = (seq[None, :] * dim + d[:, None]) * dstate
 
             for n in range(dstate):
                 log2_decay = tl.load(A + d * dstate + n, mask=d_mask, other=0.0)[:, None] * LOG2E
-                a = tl.exp2(dt * log2_decay)
-                a_after = tl.exp2(dt_after * log2_decay)
-                b = _load_coefficient(B_base, B_strides, n, d, dstate, t, d_mask, t_mask, B_VARIES)
-                c = _load_coefficient(C_base, C_strides, n, d, dstate, t, d_mask, t_mask, C_VARIES)
-                b_before = _load_coefficient(B_base, B_strides, n, d, dstate, before, d_mask, before_mask, B_VARIES)
-                state = tl.load(
-                    chunk_states + ((batch * n_chunks + chunk) * dstate + n) * dim + d, mask=d_mask, other=0.0
-                )
+                c = load_coefficient(C_base, C_strides, n, d, dstate, t, d_mask, t_mask, C_VARIES)
                 arriving = tl.load(carry + weights + n, mask=d_mask, other=0.0)
-                h = b_before * x_before
+                a_after = tl.exp2(dt_after * log2_decay)
                 g = c * dy
                 if not EVEN_T:
                     a_after = tl.where(after_mask[None, :], a_after, 1.0)
-                    a = tl.where(t_mask[None, :], a, 1.0)
                     g = tl.where(t_mask[None, :], g, 0.0)
-                h = tl.where(first[None, :], state[:, None], h)
                 if PACKED:
-                    h0 = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
-                    if initial_state is not None:
-                        h0 = tl.load(initial_state + rows + n, mask=d_mask[:, None] & starts[None, :], other=0.0)
-                    h = tl.where(starts[None, :], h0, h)
                     g = tl.where((last & ~ends)[None, :], g + arriving[:, None], g)
                     if dlast_state is not None:
                         g += tl.load(dlast_state + rows + n, mask=d_mask[:, None] & ends[None, :], other=0.0)
                     a_after = tl.where(ends[None, :], -1.0, a_after)
-                    h = _scan(tl.where(starts[None, :], -1.0, a), a * h, True, REVERSE)
                 else:
                     g = tl.where(last[None, :], g + arriving[:, None], g)
-                    h = _scan(a, a * h, False, REVERSE)
-                g = _scan(a_after, g, PACKED, not REVERSE)
+                g = scan_rows(a_after, g, PACKED, not REVERSE)
 
+                b_before = load_coefficient(B_base, B_strides, n, d, dstate, before, d_mask, before_mask, B_VARIES)
+                state = tl.load(
+                    chunk_states + ((batch * n_chunks + chunk) * dstate + n) * dim + d, mask=d_mask, other=0.0
+                )
+                a = tl.exp2(dt * log2_decay)
+                if not EVEN_T:
+                    a = tl.where(t_mask[None, :], a, 1.0)
                 ga = g * a
-                tl.store(carry + weights + n, _column(ga, first), mask=d_mask)
+                tl.store(carry + weights + n, column(ga, first), mask=d_mask)
+                h = tl.where(first[None, :], state[:, None], b_before * x_before)
                 if PACKED:
+                    h0 = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
                     if initial_state is not None:
+                        h0 = tl.load(initial_state + rows + n, mask=d_mask[:, None] & starts[None, :], other=0.0)
                         tl.store(dinitial_state + rows + n, ga, mask=d_mask[:, None] & starts[None, :])
+                    h = tl.where(starts[None, :], h0, h)
+                    h = scan_rows(tl.where(starts[None, :], -1.0, a), a * h, True, REVERSE)
+                else:
+                    h = scan_rows(a, a * h, False, REVERSE)
+                b = load_coefficient(B_base, B_strides, n, d, dstate, t, d_mask, t_mask, B_VARIES)
                 gh = g * h
                 ddt += gh * log2_decay
                 add(dA + weights + n, tl.sum(gh * dt, 1), d_mask)
@@ -284,19 +212,38 @@ def _bwd_kernel(
                 dx += g * b
                 if z is not None:
                     y += c * h
-                _accumulate(dB_base, dB_strides, n, g * x, weights, d_mask, t, t_mask, B_VARIES, ATOMIC, EVEN_D)
-                _accumulate(dC_base, dC_strides, n, dy * h, weights, d_mask, t, t_mask, C_VARIES, ATOMIC, EVEN_D)
+                g *= x
+                h *= dy
+                if not EVEN_D:
+                    g = tl.where(d_mask[:, None], g, 0.0)
+                    h = tl.where(d_mask[:, None], h, 0.0)
+                if B_VARIES:
+                    accumulate(dB_base, dB_strides, n, tl.sum(g, 0), t, t_mask, ATOMIC)
+                if C_VARIES:
+                    accumulate(dC_base, dC_strides, n, tl.sum(h, 0), t, t_mask, ATOMIC)
+                if not B_VARIES:
+                    add(dB + weights + n, tl.sum(tl.where(t_mask[None, :], g, 0.0), 1), d_mask)
+                if not C_VARIES:
+                    add(dC + weights + n, tl.sum(tl.where(t_mask[None, :], h, 0.0), 1), d_mask)
 
+            # Read again what the loop over states did not need: registers are what it is short of.
+            ut = load_tile(u, u_strides, batch, d, t, mask)
+            dut = dx * dt
+            if D is not None:
+                y += skip[:, None] * ut
+                dut += skip[:, None] * dy
+                sum_D += tl.sum(dy * ut, 1)
+            store_tile(du, out_strides, batch, d, t, mask, dut)
             if z is not None:
+                gate = load_tile(z, z_strides, batch, d, t, mask)
                 s = sigmoid(gate)
-                dgate = load_tile(dout, dout_strides, batch, d, t, mask) * y * s * (1.0 + gate * (1.0 - s))
-                store_tile(dz, out_strides, batch, d, t, mask, dgate)
-            store_tile(du, out_strides, batch, d, t, mask, dx * dt + skip[:, None] * dy)
+                dgate = load_tile(dout, dout_strides, batch, d, t, mask) * y
+                store_tile(dz, out_strides, batch, d, t, mask, dgate * s * (1.0 + gate * (1.0 - s)))
             ddt = dx * ut + ddt * LN2
             if SOFTPLUS:
+                _, raw = load_step(delta, delta_strides, bias, batch, d, t, mask, False)
                 ddt *= sigmoid(raw)
             store_tile(ddelta, out_strides, batch, d, t, mask, ddt)
-            sum_D += tl.sum(dy * ut, 1)
             sum_bias += tl.sum(tl.where(mask, ddt, 0.0), 1)
             tl.debug_barrier()  # the thread that reads a carry or a sum is not the one that wrote it
 
@@ -304,24 +251,6 @@ def _bwd_kernel(
             tl.store(dD + batch * dim + d, sum_D, mask=d_mask)
         if delta_bias is not None:
             tl.store(ddelta_bias + batch * dim + d, sum_bias, mask=d_mask)
-
-
-@triton.jit
-def _accumulate(
-    base, strides, n, value, weights, d_mask, t, t_mask,
-    VARIES: tl.constexpr, ATOMIC: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    """Add a (channels, time) gradient of state n of B or C to its sum."""
-    if VARIES:
-        if not EVEN_D:
-            value = tl.where(d_mask[:, None], value, 0.0)
-        at = base + wide(n) * strides[2] + t * strides[3]
-        if ATOMIC:
-            tl.atomic_add(at, tl.sum(value, 0), mask=t_mask, sem="relaxed")
-        else:
-            add(at, tl.sum(value, 0), t_mask)
-    else:
-        add(base + weights + n, tl.sum(tl.where(t_mask[None, :], value, 0.0), 1), d_mask)
 
 
 MAX_SLABS = 64  # deterministic sums of dB and dC: programs per batch item, each with its own (G, N, L) sums
@@ -333,18 +262,19 @@ def _span(dim, coefs):
     return math.gcd(*spans), *spans
 
 
-def _block(rows, span):
-    """Channels per program, and warps. Four channels of 128 steps fill a warp; when that leaves most of
-    a GPU idle, two do, and programs get smaller."""
-    per_warp = 4 if rows >= 8192 else 2
+def _tile(rows, span, seqlen, chunk_size, per_warp):
+    """Channels and steps per program, and warps: `per_warp` channels of 128 steps fill a warp's registers.
+    More warps share loads (and sectors, with channels side by side) and meet fewer times at an atomic;
+    fewer make more programs, which a GPU of 132 multiprocessors needs two of each when rows are few."""
     warps = next((w for w in (4, 2) if rows >= 264 * w * per_warp), 1)
     block_d = common.power_of_2(span, 1, warps * per_warp)
-    return block_d, max(block_d // per_warp, 1)
+    block_t = min(chunk_size, common.power_of_2(seqlen, 16, chunk_size))
+    return block_d, block_t, max(block_d // per_warp, 1)
 
 
 def _time_major(coef, u):
     """B or C with aligned rows along time, copied if it is not and is smaller than u: its loads lead the
-    layout of the kernel (see _load_coefficient), and each row is read by every channel of its group."""
+    layout of the kernel (see load_coefficient), and each row is read by every channel of its group."""
     if coef.dim() == 2 or coef.numel() > u.numel():
         return coef
     if coef.stride(3) == 1 and all(stride % 16 == 0 for stride in coef.stride()[:3]) and coef.data_ptr() % 16 == 0:
@@ -367,7 +297,7 @@ def _sequences(cu_seqlens, seqlen):
 
 
 def _copy_or_zeros(state, rows, A):
-    return A.new_zeros((rows, *A.shape)) if state is None else state.clone(memory_format=torch.contiguous_format)
+    return A.new_zeros((rows, *A.shape)) if state is None else state.clone()
 
 
 def selective_scan_fwd(
@@ -381,15 +311,15 @@ def selective_scan_fwd(
     out = empty_sequence(u, bld)
     # Without packing, last_state is where tiles hand the state on; empty sequences keep their first one.
     last_state = _copy_or_zeros(initial_state, state_rows(u, cu_seqlens), A)
-    block_t = chunk_size or common.power_of_2(seqlen, 16, CHUNK_SIZE["triton"])
-    n_chunks = triton.cdiv(seqlen, block_t)
+    n_chunks = triton.cdiv(seqlen, chunk_size or CHUNK_SIZE["triton"])
     chunk_states = A.new_empty((batch, n_chunks if chunk_size else 0, dstate, dim))
     if out.numel() == 0:
         return out, last_state, chunk_states
 
     B, C = _time_major(B, u), _time_major(C, u)
     span, B_span, C_span = _span(dim, (B, C))
-    block_d, warps = _block(batch * dim, span)
+    rows = batch * dim
+    block_d, block_t, warps = _tile(rows, span, seqlen, chunk_size or CHUNK_SIZE["triton"], 4 if rows >= 8192 else 2)
     n_blocks = dim // span * triton.cdiv(span, block_d)
     common.launch(
         _fwd_kernel, (batch * n_blocks,),
@@ -398,7 +328,7 @@ def selective_scan_fwd(
         u.stride(), delta.stride(), (u if z is None else z).stride(), out.stride(), _coef_strides(B), _coef_strides(C),
         dim, seqlen, dstate, n_blocks, n_chunks, span, B_span, C_span,
         B_VARIES=B.dim() == 4, C_VARIES=C.dim() == 4, SOFTPLUS=delta_softplus, REVERSE=reverse,
-        EVEN_T=seqlen % block_t == 0, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=warps,
+        EVEN_T=seqlen % block_t == 0, EVEN_D=span % block_d == 0, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=warps,
     )  # fmt: skip
     return out, last_state, chunk_states
 
@@ -411,6 +341,7 @@ def selective_scan_bwd(
 
     batch, dim, seqlen = u.shape
     dstate = A.shape[1]
+    dlast_state = None if dlast_state is None else dlast_state.contiguous()
     du, ddelta = empty_sequence(u, bld), empty_sequence(u, bld)
     dz = u.new_empty((0,)) if z is None else empty_sequence(u, bld)
     # Like last_state going forward; its start is what comes in from outside.
@@ -422,7 +353,7 @@ def selective_scan_bwd(
     weights = [A.new_zeros((batch, dim)) for _ in range(2)]  # of D and delta_bias
 
     span, B_span, C_span = _span(dim, (B, C))
-    block_d, warps = _block(batch * dim, span)
+    block_d, block_t, warps = _tile(batch * dim, span, seqlen, chunk_size, 2)
     blocks_per_span = triton.cdiv(span, block_d)
     n_blocks = dim // span * blocks_per_span
     varies = B.dim() == 4 or C.dim() == 4
@@ -446,8 +377,8 @@ def selective_scan_bwd(
             du.stride(), _coef_strides(B_major), _coef_strides(C_major), _sum_strides(sums[1]), _sum_strides(sums[2]),
             dim, seqlen, dstate, n_blocks, triton.cdiv(seqlen, chunk_size), span, B_span, C_span, blocks_each, programs,
             B_VARIES=B.dim() == 4, C_VARIES=C.dim() == 4, SOFTPLUS=delta_softplus, REVERSE=reverse,
-            ATOMIC=not deterministic, EVEN_T=seqlen % chunk_size == 0, EVEN_D=span % block_d == 0,
-            BLOCK_D=block_d, BLOCK_T=chunk_size, num_warps=warps,
+            ATOMIC=not deterministic, EVEN_T=seqlen % block_t == 0, EVEN_D=span % block_d == 0,
+            BLOCK_D=block_d, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
 
     none = A.new_empty((0,))

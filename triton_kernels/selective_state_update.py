@@ -3,7 +3,6 @@
 import torch
 import triton
 import triton.language as tl
-
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.common import LOG2E, sigmoid, softplus, wide
 
@@ -23,13 +22,15 @@ def _update_kernel(
     batch = wide(tl.program_id(0) // n_blocks // heads)
     p = wide(block) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = wide(0) + tl.arange(0, BLOCK_N)
-    p_mask, n_mask = p < headdim, n < dstate
-    mask = p_mask[:, None] & n_mask[None, :]
+    in_head, n_mask = p < headdim, n < dstate
+    p_mask = in_head
+    mask = in_head[:, None] & n_mask[None, :]
     row = batch
     if state_batch_indices is not None:  # a negative row is padding
         row = tl.load(state_batch_indices + batch)
-        p_mask = p_mask & (row >= 0)
-        mask = mask & (row >= 0)
+        live = tl.full((BLOCK_P,), 0, tl.int64) + row >= 0
+        p_mask = p_mask & live
+        mask = mask & live[:, None]
 
     x += batch * x_strides[0] + head * x_strides[1]
     dt += batch * dt_strides[0] + head * dt_strides[1]
@@ -60,13 +61,9 @@ def _update_kernel(
         gate = tl.load(z + p * z_strides[2], mask=p_mask, other=0.0).to(tl.float32)
         y *= gate * sigmoid(gate)
     if state_batch_indices is not None:
-        y = tl.where(row >= 0, y, 0.0)
+        y = tl.where(live, y, 0.0)
     out += batch * out_strides[0] + head * out_strides[1]
-    tl.store(
-        out + p * out_strides[2],
-        y.to(out.dtype.element_ty),
-        mask=wide(block) * BLOCK_P + tl.arange(0, BLOCK_P) < headdim,
-    )
+    tl.store(out + p * out_strides[2], y.to(out.dtype.element_ty), mask=in_head)
 
 
 def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices):
@@ -75,8 +72,8 @@ def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, st
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    block_n = triton.next_power_of_2(dstate)
-    block_p = common.power_of_2(headdim, 1, max(1024 // block_n, 1))
+    block_n = triton.next_power_of_2(max(dstate, 1))
+    block_p = common.power_of_2(headdim, 1, max(512 // block_n, 1))
     n_blocks = triton.cdiv(headdim, block_p)
     common.launch(
         _update_kernel, (batch * heads * n_blocks,),

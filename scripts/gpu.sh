@@ -39,21 +39,24 @@ step_test() {
 # memcheck: out-of-bounds and misaligned accesses; racecheck: unordered accesses to shared memory.
 # Without torch's caching, every tensor is an allocation of its own with nothing valid behind it.
 step_sanitize() {
-  local tool code=0 found
+  local tool code=0 said
   if ! command -v compute-sanitizer >/dev/null; then
     echo "compute-sanitizer is not on the PATH"
     return 77
   fi
+  said=$(mktemp)
   for tool in memcheck racecheck; do
     echo "== $tool"
-    found=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" scripts/gpu_small_shapes.py 2>&1) || code=1
-    echo "$found"
-    if grep -q "Device not supported" <<<"$found"; then
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" scripts/gpu_small_shapes.py 2>&1 | tee "$said"
+    [[ ${PIPESTATUS[0]} -eq 0 ]] || code=1
+    if grep -q "Device not supported" "$said"; then
       echo "compute-sanitizer cannot examine this device"
-      return 77
+      code=77
+      break
     fi
   done
+  rm -f "$said"
   return "$code"
 }
 
@@ -85,14 +88,20 @@ flags = ["-O3", "--use_fast_math", "-std=c++17", "--expt-relaxed-constexpr", "--
 files = sorted(glob.glob(f"{sources}/*.cpp") + glob.glob(f"{sources}/*.cu"))
 cpp_extension.load(name="selective_scan_cuda", sources=files, extra_cflags=["-O3", "-std=c++17"],
                    extra_cuda_cflags=flags, extra_include_paths=[sources], build_directory=scratch,
-                   is_python_module=False, verbose=True)
+                   verbose=True)
 shutil.copy(f"{scratch}/selective_scan_cuda.so", target)
 PYTHON
 }
 
 # In a process of its own, so that timeout can end it: this script with --only.
 if [[ ${1:-} == --only ]]; then
-  "step_$2"
+  case $2 in
+    build) step_build ;;
+    test) step_test ;;
+    sanitize) step_sanitize ;;
+    bench) step_bench ;;
+    rivals) step_rivals ;;
+  esac
   exit
 fi
 

@@ -146,6 +146,7 @@ def test_the_example_s_figures_and_sample_are_on_the_page(made, tmp_path):
     example.write_text(
         "import json, sys\n"
         "figures = {'bits_per_byte_after': 2.125, 'tokens_per_second': {'trifuse': 1234.5}}\n"
+        "figures['losses'] = [3.0, 2.0]\n"
         "figures['sample'] = 'def f():\\n  x'\n"
         "json.dump(figures, open(sys.argv[sys.argv.index('--json') + 1], 'w'))\n"
     )
@@ -154,9 +155,12 @@ def test_the_example_s_figures_and_sample_are_on_the_page(made, tmp_path):
     assert found["texts"] == {"sample": "def f():\n  x"}
     page.write_page(made[1] | {"byte_lm": found}, tmp_path / "index.html")
     text = (tmp_path / "index.html").read_text()
-    assert "1234.5" in text and "def f():\n  x" in text
+    assert "Training loss" in text and "1,234.5" in text and "def f():\n  x" in text
     example.write_text("raise SystemExit(3)")
-    assert reports.run_example(example) == {"error": "examples/byte_lm.py ended with exit code 3"}
+    failed = reports.run_example(example)
+    assert failed["error"] == "examples/byte_lm.py ended with exit code 3"
+    page.write_page(made[1] | {"byte_lm": failed}, tmp_path / "index.html")
+    assert failed["error"] in (tmp_path / "index.html").read_text()
 
 
 def test_a_crash_of_the_benchmarks_names_the_entry_it_happened_in(tmp_path, monkeypatch):

@@ -116,17 +116,19 @@ def run_example(example: Path) -> dict:
         try:
             code = subprocess.run(command, timeout=4 * EXAMPLE_SECONDS, check=False).returncode
         except subprocess.TimeoutExpired:
-            return {"error": f"examples/byte_lm.py did not end in {4 * EXAMPLE_SECONDS} s"}
-        if code != 0 or not written.exists():
-            return {"error": f"examples/byte_lm.py ended with exit code {code}"}
-        data = json.loads(written.read_text())
+            code = None
+        data = json.loads(written.read_text()) if written.exists() else {}
+    if code is None:
+        problem = {"error": f"examples/byte_lm.py did not end in {4 * EXAMPLE_SECONDS} s"}
+    else:
+        problem = {"error": f"examples/byte_lm.py ended with exit code {code}"} if code or not data else {}
     figures, texts = {}, {}
     for name, value in _flat(data):
         if isinstance(value, str) and (len(value) > 80 or "\n" in value):
             texts[name] = value
         elif not isinstance(value, list):
             figures[name] = value
-    return {"figures": figures, "texts": texts, "data": data, "seconds": time.monotonic() - started}
+    return problem | {"figures": figures, "texts": texts, "data": data, "seconds": time.monotonic() - started}
 
 
 def _flat(data: dict, prefix: str = ""):

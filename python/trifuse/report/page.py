@@ -21,6 +21,7 @@ def write_page(report: dict, path: Path) -> None:
     page = template.render(
         report=report, plots=plots.all_plots(report["groups"]), headers=table.HEADERS, cells=table.cells,
         verdicts=_worst_per_contender(report["verdicts"]), facts=_facts(report["machine"]), number=_number,
+        losses=plots.loss_plot(report["byte_lm"]["data"]) if report["byte_lm"] else None,
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
 
@@ -53,4 +54,4 @@ def _facts(machine: dict) -> list[tuple[str, str]]:
 
 
 def _number(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:,.5g}" if isinstance(value, float) else str(value)

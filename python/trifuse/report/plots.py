@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable
 
-__all__ = ["all_plots"]
+__all__ = ["all_plots", "loss_plot"]
 
 _COLOURS = {
     "cpp": "#0b7a75", "cpp-avx2": "#5fb3ae", "cuda": "#0b7a75", "triton": "#3d5a9e", "reference": "#b3541e",
@@ -17,9 +18,6 @@ _COLOURS = {
 
 def all_plots(groups: list[dict]) -> list[dict]:
     """Every plot that the rows suffice for: title, caption and the image as a data URI."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     found = []
     for title, caption, draw in (
         ("Time against length", "float32, D 1536, N 16. Solid: forward; dashed: forward + backward.", _lengths),
@@ -33,7 +31,26 @@ def all_plots(groups: list[dict]) -> list[dict]:
     return found
 
 
+def loss_plot(data: dict) -> str | None:
+    """The example's losses, in bits per byte, with the fast backend and with the reference."""
+    fast, reference = data.get("losses"), data.get("reference_losses")
+
+    def draw(axes) -> bool:
+        axes.plot([loss / math.log(2) for loss in fast], color=_COLOURS["cpp"], label=data.get("backend", "trifuse"))
+        if reference:
+            axes.plot([loss / math.log(2) for loss in reference], ".", color=_COLOURS["reference"], label="reference")
+        axes.set(xlabel="step", ylabel="bits per byte")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        return True
+
+    return _draw(draw) if fast else None
+
+
 def _draw(draw: Callable) -> str | None:
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path"}

@@ -57,21 +57,20 @@ Coefficient in_order(const CoefView& view, const SelectiveScanParams& p, int64_t
   c.group = view.group;
   c.state = view.state;
   c.step = p.reverse ? -view.time : view.time;
-  c.channels_per_group = p.dim / view.groups;
   return c;
 }
 
 // Cuts time where the channels alone would leave multiprocessors idle. The two passes of a forward
 // scan cost almost twice one pass; those of a backward scan little more than one.
 void split_time(ScanArgs& args, bool backward) {
-  const int64_t blocks = args.batch * args.blocks, wanted = 2 * multiprocessors();
+  const int64_t blocks = args.batch * int64_t(args.blocks), wanted = 2 * multiprocessors();
   const int64_t most = args.seqlen / (4 * kSteps), least = backward ? 2 : 4;
   int64_t splits = wanted / blocks;
   if (splits > most) splits = most;
   if (splits > 64) splits = 64;
   if (splits < least) splits = 1;
   args.split_steps = (args.seqlen + splits * kSteps - 1) / (splits * kSteps) * kSteps;
-  args.splits = (args.seqlen + args.split_steps - 1) / args.split_steps;
+  args.splits = unsigned((args.seqlen + args.split_steps - 1) / args.split_steps);
 }
 
 void plan(const SelectiveScanParams& p, ScanArgs& args, Arena& arena, bool backward, int64_t sums) {
@@ -93,10 +92,12 @@ void plan(const SelectiveScanParams& p, ScanArgs& args, Arena& arena, bool backw
   args.coefficients_along_time = std::abs(leading.step) <= std::abs(leading.state);
 
   args.segment = p.dim;
-  if (args.B.variable) args.segment = std::gcd(args.segment, args.B.channels_per_group);
-  if (args.C.variable) args.segment = std::gcd(args.segment, args.C.channels_per_group);
-  args.blocks_per_segment = (args.segment + kChannels - 1) / kChannels;
-  args.blocks = p.dim / args.segment * args.blocks_per_segment;
+  if (p.B.variable) args.segment = std::gcd(args.segment, p.dim / p.B.groups);
+  if (p.C.variable) args.segment = std::gcd(args.segment, p.dim / p.C.groups);
+  args.blocks_per_segment = unsigned((args.segment + kChannels - 1) / kChannels);
+  args.blocks = unsigned(p.dim / args.segment * args.blocks_per_segment);
+  if (p.B.variable) args.B.blocks_per_group = unsigned(args.blocks / p.B.groups);
+  if (p.C.variable) args.C.blocks_per_group = unsigned(args.blocks / p.C.groups);
   args.channel_fast = std::abs(p.u.dim) < std::abs(p.u.time);
   args.u = in_order(p.u, p, args);
   args.delta = in_order(p.delta, p, args);
@@ -105,8 +106,8 @@ void plan(const SelectiveScanParams& p, ScanArgs& args, Arena& arena, bool backw
   split_time(args, backward);
   args.local = false;
   if (args.splits > 1) {
-    args.split_state = arena.take(p.batch * args.splits * p.dstate * p.dim);
-    args.split_decay = arena.take(p.batch * args.splits * p.dim * 2);
+    args.split_state = arena.take(p.batch * int64_t(args.splits) * p.dstate * p.dim);
+    args.split_decay = arena.take(p.batch * int64_t(args.splits) * p.dim * 2);
   }
   args.partial_sums = nullptr;
   if (p.dstate > tile_states(args) && sums > 0) args.partial_sums = arena.take(sums * p.batch * p.seqlen * p.dim);
@@ -150,7 +151,7 @@ Coefficient plan_gradient(const CoefView& view, const SelectiveScanParams& p, co
   if (!view.variable) return Coefficient{};
   const int64_t rows = args.blocks / view.groups, plane = p.seqlen * p.dstate;
   if (rows == 1) return c;
-  float* const partial = arena.take(p.batch * args.blocks * plane);
+  float* const partial = arena.take(p.batch * int64_t(args.blocks) * plane);
   tasks.add({partial, static_cast<float*>(c.ptr), rows, plane,
              {p.batch, view.groups, p.seqlen, p.dstate},
              {args.blocks * plane, rows * plane, p.dstate, 1},
@@ -184,7 +185,7 @@ BwdArgs plan_bwd(const SelectiveScanBwdParams& p, const TileStates& states, Aren
   args.n_chunks = states.pass.n_chunks;
   args.dB = plan_gradient(p.dB, p, args, arena, tasks);
   args.dC = plan_gradient(p.dC, p, args, arena, tasks);
-  const int64_t rows = p.batch * args.splits, states_count = p.dim * p.dstate;
+  const int64_t rows = p.batch * int64_t(args.splits), states_count = p.dim * p.dstate;
   args.dA = plan_rows(p.dA, states_count, rows, arena, tasks);
   args.dB_constant = plan_rows(p.dB.variable ? nullptr : p.dB.ptr, states_count, rows, arena, tasks);
   args.dC_constant = plan_rows(p.dC.variable ? nullptr : p.dC.ptr, states_count, rows, arena, tasks);

@@ -512,7 +512,6 @@ struct Backward {
       staged.template store<kCopies>(p, shared.coefficients);
       __syncthreads();
       if (more && kOther) stage_tile(step0 - kSteps, buffer ^ kOther);
-      if (more) staged.load(p, block, state0, step0 - kSteps);
       if (kLocal) decay.add(p, shared.tile, shared.boundaries, steps);
       const unsigned special = special_steps(p, shared.boundaries, steps);
       const int groups = (steps + kGroup - 1) / kGroup;
@@ -522,6 +521,7 @@ struct Backward {
         sweep_tile(groups, steps, special);
       }
       __syncthreads();
+      if (more) staged.load(p, block, state0, step0 - kSteps);  // here, not earlier: eight registers
       if (!kLocal) {
         write_coefficient_gradients(step0, steps);
         finish(step0, steps, buffer);
@@ -556,7 +556,7 @@ struct Backward {
     if (block.end == p.seqlen) {
       if (p.cu_seqlens == nullptr) load_row(p.dlast_state, block.batch, g);
     } else if (!kLocal) {
-      for (int64_t split = p.splits - 1; split > block.split; --split) {
+      for (unsigned split = p.splits - 1; split > block.split; --split) {
         through_split(p, block, lane, split, state0, A2, g);
       }
     }

@@ -33,7 +33,7 @@ struct Coefficient {
   void* ptr = nullptr;
   bool variable = false;
   int64_t batch = 0, group = 0, state = 0, step = 0;
-  int64_t channels_per_group = 1;
+  unsigned blocks_per_group = 1;
 };
 
 struct ScanArgs {
@@ -45,10 +45,12 @@ struct ScanArgs {
   const int64_t* cu_seqlens;
   int64_t num_seqs;
 
-  int64_t segment, blocks_per_segment, blocks;  // channels that share groups; blocks per batch item
+  int64_t segment;  // channels that share their groups of B and C; no block crosses its end
+  unsigned blocks_per_segment, blocks;  // blocks: per batch item and split
   // Time is split when there are too few channels to fill the device: a first pass (`local`) takes
   // every split from a zero state, the second folds what the splits before it left behind.
-  int64_t splits, split_steps;
+  unsigned splits;
+  int64_t split_steps;
   bool local;
   float* split_state;   // (batch, splits, dstate, dim)
   float* split_decay;   // (batch, splits, dim, 2): sum of dt; 1 if a sequence begins in the split
@@ -66,16 +68,16 @@ TRIFUSE_HD int64_t coefficient_offset(const Coefficient& c, int64_t batch, int64
 }
 
 struct Block {
-  int64_t batch, index, split, channel0, begin, end;  // steps from begin to end
+  int64_t batch, channel0, begin, end;  // steps from begin to end
+  unsigned index, split;
   int channels;
 
   TRIFUSE_DEVICE explicit Block(const ScanArgs& p) {
-    int64_t i = blockIdx.x;
-    index = i % p.blocks;
-    i /= p.blocks;
-    split = i % p.splits;
-    batch = i / p.splits;
-    const int64_t within = index % p.blocks_per_segment * kChannels;
+    index = blockIdx.x % p.blocks;
+    const unsigned row = blockIdx.x / p.blocks;
+    split = row % p.splits;
+    batch = row / p.splits;
+    const int64_t within = int64_t(index % p.blocks_per_segment) * kChannels;
     channel0 = index / p.blocks_per_segment * p.segment + within;
     channels = int(p.segment - within < kChannels ? p.segment - within : kChannels);
     begin = split * p.split_steps;
@@ -278,7 +280,7 @@ struct StagedCoefficients {
                                   int64_t step, T (&x)[4]) {
     const T* base = static_cast<const T*>(from.ptr);
     if (from.variable) {
-      base += coefficient_offset(from, block.batch, block.channel0 / from.channels_per_group, state, step);
+      base += coefficient_offset(from, block.batch, block.index / from.blocks_per_group, state, step);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -385,7 +387,7 @@ struct SplitDecay {
 // x := what a split makes of the state x that enters it, and adds.
 template <int kStates, bool kPermute>
 TRIFUSE_DEVICE void through_split(const ScanArgs& p, const Block& block, const Lane<kStates, kPermute>& lane,
-                                  int64_t split, int64_t state0, const float (&A2)[2][kStates],
+                                  unsigned split, int64_t state0, const float (&A2)[2][kStates],
                                   float (&x)[2][kStates]) {
   const int64_t row = block.batch * p.splits + split;
   float left[2][kStates];

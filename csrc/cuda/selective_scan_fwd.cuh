@@ -206,10 +206,7 @@ struct Forward {
       convert(buffer);
       staged.template store<1>(p, shared.coefficients);
       __syncthreads();
-      if (step0 + kSteps < block.end) {
-        stage_tile(step0 + kSteps, buffer ^ 1);
-        staged.load(p, block, state0, step0 + kSteps);
-      }
+      if (step0 + kSteps < block.end) stage_tile(step0 + kSteps, buffer ^ 1);
       if (p.local) decay.add(p, shared.tile, shared.boundaries, steps);
       const unsigned special = special_steps(p, shared.boundaries, steps);
 #pragma unroll 1
@@ -225,6 +222,8 @@ struct Forward {
         }
       }
       __syncthreads();
+      // Here, not earlier: kept through the steps, they would hold eight registers.
+      if (step0 + kSteps < block.end) staged.load(p, block, state0, step0 + kSteps);
       if (!p.local && p.out.ptr != nullptr) finish(step0, steps, buffer);
     }
     leave(decay);
@@ -248,7 +247,7 @@ struct Forward {
     if (block.split == 0) {
       if (p.cu_seqlens == nullptr) load_row(block.batch);
     } else if (!p.local) {
-      for (int64_t split = 0; split < block.split; ++split) {
+      for (unsigned split = 0; split < block.split; ++split) {
         through_split(p, block, lane, split, state0, A2, h);
       }
     }

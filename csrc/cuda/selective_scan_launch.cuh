@@ -27,7 +27,7 @@ inline int64_t tile_states(const ScanArgs& p) { return states_per_lane(p) * kSli
 
 template <typename T, int kStates, bool kConstant>
 Error launch_fwd_kernel(const FwdArgs& p, Stream stream) {
-  return launch(scan_fwd_kernel<T, kStates, kConstant>, p.batch * p.splits * p.blocks, 1, kThreads,
+  return launch(scan_fwd_kernel<T, kStates, kConstant>, p.batch * int64_t(p.splits) * int64_t(p.blocks), 1, kThreads,
                 sizeof(FwdShared<T, kStates>), stream, p);
 }
 
@@ -35,7 +35,7 @@ template <typename T, int kStates, bool kConstant>
 Error launch_bwd_kernel(const BwdArgs& p, Stream stream) {
   const auto kernel =
       p.local ? scan_bwd_kernel<T, kStates, kConstant, true> : scan_bwd_kernel<T, kStates, kConstant, false>;
-  return launch(kernel, p.batch * p.splits * p.blocks, 1, kThreads, sizeof(BwdShared<T, kStates>), stream, p);
+  return launch(kernel, p.batch * int64_t(p.splits) * int64_t(p.blocks), 1, kThreads, sizeof(BwdShared<T, kStates>), stream, p);
 }
 
 // Both passes over time where it is split, else the one.

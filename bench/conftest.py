@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.trifuse_arena = arenas.Arena(
         config.getoption("--device"),
         budget=3.0 if full else 1.0,
-        minimum_rounds=5 if full else 3,
+        minimum_rounds=arenas.FULL_ROUNDS if full else arenas.QUICK_ROUNDS,
         limit=config.getoption("--time-limit"),
         report=config.trifuse_events,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,9 @@ def run(options: Options) -> int:
     samples = options.out / "benchmarks.json"
     samples.unlink(missing_ok=True)
     on = table.console()
+    load = _load()
+    if load is not None and load > 0.5:
+        on.print(f"[bold yellow]This machine is busy[/] (load {load:.1f} before the start): times will be off.")
     with table.progress(on) as take:
         measured = timing.run_benchmarks(bench, _bench_options(options), options.seconds, take, samples)
 
@@ -66,8 +70,9 @@ def run(options: Options) -> int:
         "device": options.device,
         "full": options.full,
         "blocks": arena.BLOCKS,
-        "minimum_rounds": 5 if options.full else 3,
+        "minimum_rounds": arena.FULL_ROUNDS if options.full else arena.QUICK_ROUNDS,
         "machine": measured.machine or _machine(options.device),
+        "load": load,
         "headlines": summary.headlines(groups, options.device),
         "groups": groups,
         "failed": [one["entry"] for one in measured.failed],
@@ -88,6 +93,14 @@ def run(options: Options) -> int:
         on.print(f"[bold red]FAILED[/] {entry}: no speed is given for a kernel that does not match its reference.")
     broken = report["byte_lm"] is not None and "error" in report["byte_lm"]
     return 1 if report["failed"] or broken else 0
+
+
+def _load() -> float | None:
+    """The system's load average over the last minute, where it has one."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def _machine(device: str) -> dict:

@@ -20,14 +20,26 @@ from trifuse.report.contenders import CONTENDERS
 from trifuse.report.validation import Validator, Verdict
 from trifuse.report.workloads import DTYPES, Entry, Inputs, Workload, make_inputs
 
-__all__ = ["BLOCKS", "COPY_FLOOR", "EXP_FLOOR", "Arena", "NotTimed", "Turn", "schedule", "timer"]
+__all__ = [
+    "BLOCKS",
+    "COPY_FLOOR",
+    "EXP_FLOOR",
+    "FULL_ROUNDS",
+    "QUICK_ROUNDS",
+    "Arena",
+    "NotTimed",
+    "Turn",
+    "schedule",
+    "timer",
+]
 
 BLOCKS = 5
 EXP_FLOOR, COPY_FLOOR = "exp-floor", "copy-floor"
 _FLOORS = (EXP_FLOOR, COPY_FLOOR)
 _MAX_ROUNDS = 50
 _COPY_FLOOR_ELEMENTS = 1 << 26  # beyond them its buffers alone would take gigabytes
-_SLOW = 2.0  # seconds a call, from which on two rounds must do in a quick report
+QUICK_ROUNDS, FULL_ROUNDS = 3, 5  # rounds even a slow entry gets
+_SLOW, _VERY_SLOW = 2.0, 8.0  # seconds a call, from which on two rounds, or one, must do in a quick report
 
 
 class NotTimed(Exception):
@@ -68,14 +80,19 @@ def schedule(workloads: tuple[Workload, ...], device: str) -> tuple[list[tuple[E
             group = [entry for entry, reason in found if reason is None and entry.direction == direction]
             if not group:
                 continue
-            if workload.op == "selective_scan":
-                if device == "cpu":
-                    group.append(Entry(workload, direction, EXP_FLOOR, "float32", ""))
-                if workload.elements < _COPY_FLOOR_ELEMENTS:
-                    group += [Entry(workload, direction, COPY_FLOOR, dtype, "") for dtype in workload.dtypes]
+            group = _floor_entries(workload, direction, device) + group
             for block in range(BLOCKS):
                 turns += [(entry, block) for entry in (group if block % 2 == 0 else reversed(group))]
     return turns, absent
+
+
+def _floor_entries(workload: Workload, direction: str, device: str) -> list[Entry]:
+    if workload.op != "selective_scan":
+        return []
+    out = [Entry(workload, direction, EXP_FLOOR, "float32", "")] if device == "cpu" else []
+    if workload.elements < _COPY_FLOOR_ELEMENTS:
+        out += [Entry(workload, direction, COPY_FLOOR, dtype, "") for dtype in workload.dtypes]
+    return out
 
 
 def timer(device: str) -> Callable[[], float]:
@@ -226,7 +243,9 @@ class Arena:
             start = clock()
             call()
             seconds = clock() - start
-        minimum = self.minimum_rounds if seconds < _SLOW or self.minimum_rounds > 3 else 2
+        minimum = self.minimum_rounds
+        if seconds > _SLOW and minimum <= QUICK_ROUNDS:
+            minimum = 2 if seconds < _VERY_SLOW else 1
         rounds = min(_MAX_ROUNDS, max(minimum, math.floor(self.budget / max(seconds, 1e-7))))
         left = self.deadline - time.monotonic()
         if seconds * rounds > left:

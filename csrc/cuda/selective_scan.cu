@@ -42,7 +42,8 @@ Sequence in_order(const SeqView& view, const SelectiveScanParams& p, const ScanA
     const bool even_blocks = args.segment % 2 == 0 || args.segment == p.dim;
     s.vectors = aligned && s.dim == 1 && s.step % 2 == 0 && even_blocks;
   } else {
-    s.vectors = aligned && s.step == 1 && s.dim % length == 0;
+    const bool in_step = s.step == 1 || (s.step == -1 && p.seqlen % length == 0);
+    s.vectors = aligned && in_step && s.dim % length == 0;
   }
   return s;
 }
@@ -152,7 +153,10 @@ Coefficient plan_gradient(const CoefView& view, const SelectiveScanParams& p, co
   const int64_t rows = args.blocks / view.groups, plane = p.seqlen * p.dstate;
   if (rows == 1) return c;
   float* const partial = arena.take(p.batch * int64_t(args.blocks) * plane);
-  tasks.add({partial, static_cast<float*>(c.ptr), rows, plane,
+  tasks.add({partial,
+             static_cast<float*>(c.ptr),
+             rows,
+             plane,
              {p.batch, view.groups, p.seqlen, p.dstate},
              {args.blocks * plane, rows * plane, p.dstate, 1},
              {c.batch, c.group, c.step, c.state}});
@@ -213,9 +217,8 @@ Error zero_gradients(const SelectiveScanBwdParams& p, Stream stream) {
 Error pass_through(const SelectiveScanParams& p, const void* from, void* to, Stream stream) {
   if (to == nullptr || (p.cu_seqlens == nullptr && p.seqlen > 0)) return kSuccess;
   const int64_t rows = p.cu_seqlens == nullptr ? p.batch : p.num_seqs;
-  return launch_pass_through({static_cast<const float*>(from), static_cast<float*>(to), p.cu_seqlens, rows,
-                              p.dim * p.dstate},
-                             stream);
+  return launch_pass_through(
+      {static_cast<const float*>(from), static_cast<float*>(to), p.cu_seqlens, rows, p.dim * p.dstate}, stream);
 }
 
 template <typename Args>
@@ -267,8 +270,7 @@ Error selective_scan_bwd(const SelectiveScanBwdParams& p, Stream stream) {
   }
   SumTasks tasks;
   const BwdArgs args = plan_bwd(p, states, arena, tasks);
-  if (const Error error =
-          by_dtype(p.dtype, args, stream, launch_bwd<float>, launch_bwd<f16>, launch_bwd<bf16>)) {
+  if (const Error error = by_dtype(p.dtype, args, stream, launch_bwd<float>, launch_bwd<f16>, launch_bwd<bf16>)) {
     return error;
   }
   return launch_sums(tasks, stream);

@@ -14,78 +14,22 @@
 // 400 us of shared memory, 280 us of special functions and 190 us of device memory.
 #pragma once
 
-#include "selective_scan_common.cuh"
+#include "selective_scan_bwd_sweeps.cuh"
 
 namespace trifuse::cuda {
 
-struct BwdArgs : ScanArgs {
-  Sequence dout, du, ddelta, dz;
-  const float* dlast_state;
-  const float* chunk_states;  // one per tile
-  int64_t n_chunks;
-  Coefficient dB, dC;  // float32, `group` per channel block; ptr null when constant
-  // Rows of partial sums, one per batch item and split.
-  float *dA, *dB_constant, *dC_constant;  // (rows, dim, dstate); the last two may be null
-  float *dD, *ddelta_bias;                // (rows, dim) or null
-  float* dinitial_state;                  // may be null
-};
-
-// The forward sweep's states and, in the same place once read, the groups' sums over channels.
-template <int kStates>
-struct GroupStates {
-  static constexpr int kWarpFloats = 32 * 2 * kStates;
-  static constexpr int kRow = 2 * kStates * kSlices;  // dB and dC of one step
-  static_assert(kGroup * kRow <= kWarpFloats, "the sums of a group fit where its states were");
-  alignas(16) float x[kGroups][kWarps][kWarpFloats];
-};
-
-template <typename T, int kStates>
-struct BwdShared {
-  // Narrow types stage one tile ahead; float32 would leave room for one block only.
-  static constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
-  static constexpr int kTensors = 4, kSlots = kSteps * kChannels;
-  T raw[kBuffers][kTensors][kSlots];
-  alignas(16) float tile[kSteps * kPairs * 4];
-  alignas(16) float dy[kSteps * kChannels];
-  alignas(16) float coefficients[CoefficientTile<kStates, kStates>::kFloats];
-  GroupStates<kStates> groups;
-  float sums[2][kMaxOwnChannels][kThreads];  // dD and ddelta_bias, of each thread's own channels
-  Boundaries boundaries;
-};
-
-TRIFUSE_DEVICE int dy_slot(int step, int channel) { return step * kChannels + (channel ^ (step / kGroup % 8 * 4)); }
-
 template <typename T, int kStates, bool kConstant, bool kLocal>
-struct Backward {
-  using Shared = BwdShared<T, kStates>;
-  using Registers = float[2][kStates];
-  static constexpr int kTileStates = kStates * kSlices;
-  static constexpr int kCopies = kStates;
-  static constexpr int kRow = CoefficientTile<kStates, kCopies>::kRow;
-  static constexpr int kC = kCopies * kTileStates;  // from B to C in a row
-  static constexpr int kSumRow = GroupStates<kStates>::kRow;
-
-  const BwdArgs& p;
-  Shared& shared;
-  const Block block;
-  const Lane<kStates, true> lane;
-  int64_t state0 = 0;
-  Registers A2, h, g, dA;  // g: what the later step passes to the state before it
-  float B[kConstant ? 2 : 1][kStates], C[kConstant ? 2 : 1][kStates];
-  float dB[kConstant ? 2 : 1][kStates], dC[kConstant ? 2 : 1][kStates];
-
-  TRIFUSE_DEVICE Backward(const BwdArgs& args, Shared& s) : p(args), shared(s), block(args), lane(block) {}
-
-  TRIFUSE_DEVICE float b_of(const float (&b)[kStates], int k, int i) const {
-    return kConstant ? b[i] * B[kConstant ? k : 0][i] : b[i];
-  }
-  TRIFUSE_DEVICE float c_of(const float (&c)[kStates], int k, int i) const {
-    return kConstant ? c[i] * C[kConstant ? k : 0][i] : c[i];
-  }
+struct Backward : BackwardSweeps<T, kStates, kConstant, kLocal> {
+  using Base = BackwardSweeps<T, kStates, kConstant, kLocal>;
+  using Base::A2, Base::dA, Base::g, Base::h;
+  using Base::Base, Base::block, Base::lane, Base::p, Base::shared, Base::state0;
+  using Base::kCopies, Base::kSumRow, Base::kTileStates;
+  using Shared = typename Base::Shared;
+  using Registers = typename Base::Registers;
 
   template <class Map>
   TRIFUSE_DEVICE void stage_tile(int64_t step0, int buffer) {
-    const Map map;
+    const Map map(p);
     const int steps = int(block.end - step0 < kSteps ? block.end - step0 : kSteps);
     if (!kLocal) stage(map, p.u, block, step0, steps, shared.raw[buffer][0]);
     stage(map, p.delta, block, step0, steps, shared.raw[buffer][1]);
@@ -93,304 +37,33 @@ struct Backward {
     stage(map, p.dout, block, step0, steps, shared.raw[buffer][3]);
   }
 
-  template <class Map>
-  TRIFUSE_DEVICE void read_delta(const Map& map, int buffer, int j, float (&x)[Map::kLength]) {
-    read_staged(map, shared.raw[buffer][1], j, x);
-#pragma unroll
-    for (int i = 0; i < Map::kLength; ++i) x[i] += weight(map, p.delta_bias, block, j, i);
-  }
-
   // Staged tensors to the tiles of dt, dt * u and dy.
   template <class Map>
   TRIFUSE_DEVICE void convert(int buffer) {
-    const Map map;
+    const Map map(p);
+    Weight<Map> bias(map, p.delta_bias, block);
 #pragma unroll Map::kUnroll
     for (int j = 0; j < Map::kVectors; ++j) {
       float u[Map::kLength], dt[Map::kLength], dy[Map::kLength], z[Map::kLength];
+      bias.load(map, p.delta_bias, block, j);
       if (!kLocal) read_staged(map, shared.raw[buffer][0], j, u);
-      read_delta(map, buffer, j, dt);
+      read_staged(map, shared.raw[buffer][1], j, dt);
       if (p.z.ptr != nullptr) read_staged(map, shared.raw[buffer][2], j, z);
       read_staged(map, shared.raw[buffer][3], j, dy);
 #pragma unroll
       for (int i = 0; i < Map::kLength; ++i) {
+        dt[i] += bias.of(i);
         if (p.softplus) dt[i] = softplus(dt[i]);
         if (p.z.ptr != nullptr) dy[i] *= z[i] * sigmoid(z[i]);
-        if (kLocal) u[i] = 0.0f;
+        u[i] = kLocal ? 0.0f : dt[i] * u[i];
       }
+      write_pairs(map, j, dt, u, shared.tile);
       const int step = map.step(j), channel = map.channel(j);
       if constexpr (Map::kAlongTime) {
 #pragma unroll
-        for (int i = 0; i < Map::kLength; ++i) {
-          float* slot = shared.tile + pair_slot(step + i, channel / 2) + channel % 2 * 2;
-          *reinterpret_cast<float2*>(slot) = make_float2(dt[i], dt[i] * u[i]);
-          shared.dy[dy_slot(step + i, channel)] = dy[i];
-        }
+        for (int i = 0; i < Map::kLength; ++i) shared.dy[dy_slot(step + i, channel)] = dy[i];
       } else {
-        *reinterpret_cast<float4*>(shared.tile + pair_slot(step, channel / 2)) =
-            make_float4(dt[0], dt[0] * u[0], dt[1], dt[1] * u[1]);
         *reinterpret_cast<float2*>(shared.dy + dy_slot(step, channel)) = make_float2(dy[0], dy[1]);
-      }
-    }
-  }
-
-  TRIFUSE_DEVICE const float* coefficients(int step) const {
-    return shared.coefficients + step * kRow + lane.permuted * kTileStates + lane.slice * kStates;
-  }
-  TRIFUSE_DEVICE float2 dt_and_drive(int slot, int s, int k) const {
-    return *reinterpret_cast<const float2*>(shared.tile + slot + s * kPairs * 4 + (k ^ lane.low) * 2);
-  }
-  TRIFUSE_DEVICE float* states_of(int group) { return shared.groups.x[group][threadIdx.x / 32]; }
-
-  TRIFUSE_DEVICE void load_row(const float* base, int64_t row, Registers& x) {
-    lane.load(base == nullptr ? nullptr : base + row * p.dim * p.dstate, p.dstate, state0, x);
-  }
-  TRIFUSE_DEVICE void store_row(float* base, int64_t row, const Registers& x) {
-    lane.store(base == nullptr ? nullptr : base + row * p.dim * p.dstate, p.dstate, state0, x);
-  }
-  TRIFUSE_DEVICE bool begins(int step) const {
-    return p.cu_seqlens != nullptr && shared.boundaries.begins[step] >= 0;
-  }
-  TRIFUSE_DEVICE bool ends(int step) const { return p.cu_seqlens != nullptr && shared.boundaries.ends[step] >= 0; }
-
-  // What one step is made of: dt and dt * u, the states' decay and B.
-  struct Step {
-    float2 x[2];
-    Registers a;
-    float b[kStates];
-  };
-
-  // From the state before a step to that after it, which may be the same registers.
-  TRIFUSE_DEVICE void step_forward(int slot, int step, Step& now, const Registers& before, Registers& next) const {
-    read_states(coefficients(step), now.b);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      now.x[k] = dt_and_drive(slot, step % kGroup, k);
-#pragma unroll
-      for (int i = 0; i < kStates; ++i) {
-        now.a[k][i] = exp2_fast(now.x[k].x * A2[k][i]);
-        next[k][i] = fma(now.a[k][i], before[k][i], now.x[k].y * b_of(now.b, k, i));
-      }
-    }
-  }
-
-  // The first sweep: h from before the group to after it.
-  TRIFUSE_DEVICE void advance(int group) {
-    const int slot = pair_slot(group * kGroup, lane.pair);
-#pragma unroll
-    for (int s = 0; s < kGroup; ++s) {
-      Step now;
-      step_forward(slot, group * kGroup + s, now, h, h);
-    }
-  }
-  // The same up to `end`, minding boundaries.
-  TRIFUSE_DEVICE void advance_carefully(int group, int end, Registers& state) {
-    const int slot = pair_slot(group * kGroup, lane.pair);
-#pragma unroll 1
-    for (int step = group * kGroup; step < end; ++step) {
-      if (begins(step)) load_row(p.initial_state, shared.boundaries.begins[step], state);
-      Step now;
-      step_forward(slot, step, now, state, state);
-    }
-  }
-
-  TRIFUSE_DEVICE void keep_states(int group) {
-    float* to = states_of(group);
-    const int at = int(threadIdx.x) % 32;
-    if constexpr (kStates == 4) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        reinterpret_cast<float4*>(to)[k * 32 + at] = make_float4(h[k][0], h[k][1], h[k][2], h[k][3]);
-      }
-    } else {
-      reinterpret_cast<float2*>(to)[at] = make_float2(h[0][0], h[1][0]);
-    }
-  }
-  TRIFUSE_DEVICE void recall_states(int group, Registers& x) {
-    const float* from = states_of(group);
-    const int at = int(threadIdx.x) % 32;
-    if constexpr (kStates == 4) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) read_states(from + (k * 32 + at) * 4, x[k]);
-    } else {
-      const float2 v = reinterpret_cast<const float2*>(from)[at];
-      x[0][0] = v.x, x[1][0] = v.y;
-    }
-  }
-
-  // The reverse sweep of a group: g from after it to before it.
-  TRIFUSE_DEVICE void group_backward(int group) {
-    const int slot = pair_slot(group * kGroup, lane.pair);
-    Step now[kGroup];
-    Registers state[kGroup + 1];
-    float dy[kGroup][2];
-    recall_states(group, state[0]);
-#pragma unroll
-    for (int s = 0; s < kGroup; ++s) {
-      step_forward(slot, group * kGroup + s, now[s], state[s], state[s + 1]);
-      read_dy(group * kGroup + s, dy[s]);
-    }
-    __syncwarp();  // from here on the lanes overwrite what they have just read
-#pragma unroll
-    for (int s = kGroup - 1; s >= 0; --s) {
-      step_backward(slot, group * kGroup + s, now[s], dy[s], state[s], state[s + 1]);
-    }
-  }
-  // The same with boundaries or less than a group of steps, which is rare: step by step, each from the
-  // group's first state again.
-  TRIFUSE_DEVICE void group_backward_carefully(int group, int steps) {
-    const int slot = pair_slot(group * kGroup, lane.pair);
-    Registers first;
-    recall_states(group, first);
-    const int end = steps < (group + 1) * kGroup ? steps : (group + 1) * kGroup;
-#pragma unroll 1
-    for (int step = end - 1; step >= group * kGroup; --step) {
-      Registers before, after;
-      lane.copy(first, before);
-      advance_carefully(group, step, before);
-      if (begins(step)) load_row(p.initial_state, shared.boundaries.begins[step], before);
-      if (ends(step)) load_row(p.dlast_state, shared.boundaries.ends[step], g);
-      Step now;
-      float dy[2];
-      step_forward(slot, step, now, before, after);
-      read_dy(step, dy);
-      __syncwarp();
-      step_backward(slot, step, now, dy, before, after);
-      if (begins(step)) {
-        store_row(p.dinitial_state, shared.boundaries.begins[step], g);
-        lane.clear(g);
-      }
-    }
-  }
-  TRIFUSE_DEVICE void read_dy(int step, float (&dy)[2]) const {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) dy[k] = shared.dy[dy_slot(step, lane.pair * 2 + (k ^ lane.low))];
-  }
-
-  TRIFUSE_DEVICE void step_backward(int slot, int step, const Step& now, const float (&dy)[2],
-                                    const Registers& before, const Registers& after) {
-    float c[kStates], sum_b[kStates] = {}, sum_c[kStates] = {}, P[2], Q[2], y[2];
-    read_states(coefficients(step) + kC, c);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      P[k] = Q[k] = y[k] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kStates; ++i) {
-        const float here = fma(c_of(c, k, i), dy[k], g[k][i]);
-        const float from_b = here * now.x[k].y, from_c = dy[k] * after[k][i];
-        sum_b[i] = k == 0 ? from_b : fma(here, now.x[k].y, sum_b[i]);
-        sum_c[i] = k == 0 ? from_c : fma(dy[k], after[k][i], sum_c[i]);
-        P[k] = fma(here, b_of(now.b, k, i), P[k]);
-        y[k] = fma(c_of(c, k, i), after[k][i], y[k]);
-        g[k][i] = now.a[k][i] * here;
-        const float decayed = g[k][i] * before[k][i];
-        Q[k] = fma(A2[k][i], decayed, Q[k]);
-        dA[k][i] = fma(now.x[k].x, decayed, dA[k][i]);
-        if constexpr (kConstant) {
-          dB[k][i] += from_b;
-          dC[k][i] += from_c;
-        }
-      }
-    }
-    write_state_sums(slot, step, P, Q, y);
-    write_channel_sums(step, sum_b, sum_c);
-  }
-
-  // P and Q end in two of a channel's four lanes each, y in all.
-  TRIFUSE_DEVICE void write_state_sums(int slot, int step, float (&P)[2], float (&Q)[2], float (&y)[2]) {
-    P[0] += __shfl_xor_sync(kFullWarp, P[1], 1);
-    Q[0] += __shfl_xor_sync(kFullWarp, Q[1], 1);
-    y[0] += __shfl_xor_sync(kFullWarp, y[1], 1);
-    const float give = lane.high ? P[0] : Q[0];
-    const float sum = (lane.high ? Q[0] : P[0]) + __shfl_xor_sync(kFullWarp, give, 2);
-    y[0] += __shfl_xor_sync(kFullWarp, y[0], 2);
-    if (lane.high) {
-      shared.dy[dy_slot(step, lane.pair * 2 + lane.low)] = sum;
-    } else {
-      float* to = shared.tile + slot + step % kGroup * kPairs * 4 + lane.low * 2;
-      *reinterpret_cast<float2*>(to) = make_float2(y[0], sum);
-    }
-  }
-
-  // dB or dC, of one state, summed over the warp's channels, in each lane.
-  TRIFUSE_DEVICE void write_channel_sums(int step, float (&b)[kStates], float (&c)[kStates]) {
-    if constexpr (kStates == 4) {
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        b[i] += __shfl_xor_sync(kFullWarp, b[i + 1], 4);
-        c[i] += __shfl_xor_sync(kFullWarp, c[i + 1], 4);
-      }
-      b[0] += __shfl_xor_sync(kFullWarp, b[2], 8);
-      c[0] += __shfl_xor_sync(kFullWarp, c[2], 8);
-    } else {
-#pragma unroll
-      for (int by = 4; by <= 8; by *= 2) {
-        b[0] += __shfl_xor_sync(kFullWarp, b[0], by);
-        c[0] += __shfl_xor_sync(kFullWarp, c[0], by);
-      }
-    }
-    const bool is_c = lane.place >= 4;
-    const float give = is_c ? b[0] : c[0];
-    const float sum = (is_c ? c[0] : b[0]) + __shfl_xor_sync(kFullWarp, give, 16);
-    if (lane.place % 4 < kStates) {
-      states_of(step / kGroup)[step % kGroup * kSumRow + is_c * kTileStates + lane.slice * kStates + lane.place % 4] = sum;
-    }
-  }
-
-  // The local pass: g alone.
-  TRIFUSE_DEVICE void step_carry(int slot, int step) {
-    float c[kStates], dy[2];
-    read_states(coefficients(step) + kC, c);
-    read_dy(step, dy);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float dt = dt_and_drive(slot, step % kGroup, k).x;
-#pragma unroll
-      for (int i = 0; i < kStates; ++i) {
-        g[k][i] = exp2_fast(dt * A2[k][i]) * fma(c_of(c, k, i), dy[k], g[k][i]);
-      }
-    }
-  }
-  TRIFUSE_DEVICE void group_carry(int group) {
-#pragma unroll
-    for (int s = kGroup - 1; s >= 0; --s) step_carry(pair_slot(group * kGroup, lane.pair), group * kGroup + s);
-  }
-  TRIFUSE_DEVICE void group_carry_carefully(int group, int steps) {
-    const int end = steps < (group + 1) * kGroup ? steps : (group + 1) * kGroup;
-#pragma unroll 1
-    for (int step = end - 1; step >= group * kGroup; --step) {
-      if (ends(step)) load_row(p.dlast_state, shared.boundaries.ends[step], g);
-      step_carry(pair_slot(group * kGroup, lane.pair), step);
-      if (begins(step)) lane.clear(g);
-    }
-  }
-
-  TRIFUSE_DEVICE void carry_tile(int groups, int steps, unsigned special) {
-#pragma unroll 1
-    for (int group = groups - 1; group >= 0; --group) {
-      if ((special >> group * kGroup & 15) != 0) {
-        group_carry_carefully(group, steps);
-      } else {
-        group_carry(group);
-      }
-    }
-  }
-  TRIFUSE_DEVICE void sweep_tile(int groups, int steps, unsigned special) {
-#pragma unroll 1
-    for (int group = 0; group < groups - 1; ++group) {
-      keep_states(group);
-      if ((special >> group * kGroup & 15) != 0) {
-        advance_carefully(group, (group + 1) * kGroup, h);
-      } else {
-        advance(group);
-      }
-    }
-    keep_states(groups - 1);
-#pragma unroll 1
-    for (int group = groups - 1; group >= 0; --group) {
-      if ((special >> group * kGroup & 15) != 0) {
-        group_backward_carefully(group, steps);
-      } else {
-        group_backward(group);
       }
     }
   }
@@ -409,56 +82,86 @@ struct Backward {
     }
   }
 
-  // P, Q and y of an element with those of the states before this go, or false if more states follow.
-  TRIFUSE_DEVICE bool complete(float& P, float& Q, float& y, int64_t step, int64_t channel) {
-    const bool first = state0 == 0, last = state0 + kTileStates >= p.dstate;
-    if (first && last) return true;
+  // Adds P, Q and y of the states of earlier goes, and keeps them if more follow.
+  TRIFUSE_DEVICE void complete(float& P, float& Q, float& y, int64_t step, int64_t channel, bool last) {
+    const bool first = state0 == 0;
     const int64_t part = p.batch * p.seqlen * p.dim;
     float* sum = p.partial_sums + (block.batch * p.seqlen + step) * p.dim + channel;
     if (!first) P += sum[0], Q += sum[part], y += sum[2 * part];
     if (!last) sum[0] = P, sum[part] = Q, sum[2 * part] = y;
-    return last;
   }
 
   template <class Map>
   TRIFUSE_DEVICE void finish(int64_t step0, int steps, int buffer) {
-    const Map map;
+    const Map map(p);
+    const bool last = state0 + kTileStates >= p.dstate;
+    Weight<Map> bias(map, p.delta_bias, block), skip(map, p.D, block);
+    T* du = first_element<T>(map, p.du, block, step0);
+    T* ddelta = first_element<T>(map, p.ddelta, block, step0);
+    T* dz = first_element<T>(map, p.dz, block, step0);
+    float sums[2][Map::kAlongTime ? 1 : 2] = {};
 #pragma unroll Map::kUnroll
     for (int j = 0; j < Map::kVectors; ++j) {
       float u[Map::kLength], x[Map::kLength], z[Map::kLength], dy[Map::kLength];
+      bias.load(map, p.delta_bias, block, j);
+      skip.load(map, p.D, block, j);
       read_staged(map, shared.raw[buffer][0], j, u);
-      read_delta(map, buffer, j, x);
+      read_staged(map, shared.raw[buffer][1], j, x);
       if (p.z.ptr != nullptr) read_staged(map, shared.raw[buffer][2], j, z);
       read_staged(map, shared.raw[buffer][3], j, dy);
-      bool last = true;
 #pragma unroll
       for (int i = 0; i < Map::kLength; ++i) {
-        const int step = map.step(j) + (Map::kAlongTime ? i : 0);
-        const int channel = map.channel(j) + (Map::kAlongTime ? 0 : i);
-        const float2 sums =
-            *reinterpret_cast<const float2*>(shared.tile + pair_slot(step, channel / 2) + channel % 2 * 2);
-        float y = sums.x, P = sums.y, Q = shared.dy[dy_slot(step, channel)];
         const bool here = inside(map, block, steps, j, i);
-        if (here) last = complete(P, Q, y, step0 + step, block.channel0 + channel);
-        const float skip = weight(map, p.D, block, j, i);
-        float dt = x[i], slope = 1.0f;
-        if (p.softplus) dt = softplus_and_slope(x[i], slope);
-        if (p.z.ptr != nullptr) {
-          const float gate = sigmoid(z[i]), dout = dy[i];
-          dy[i] *= z[i] * gate;
-          z[i] = dout * fma(skip, u[i], y) * gate * (1.0f + z[i] * (1.0f - gate));
+        element_gradients<Map>(map, j, i, step0, bias.of(i), skip.of(i), here, last, u[i], x[i], z[i], dy[i]);
+        if (here) {
+          sums[0][Map::own(0, i)] += dy[i];
+          sums[1][Map::own(0, i)] += x[i];
         }
-        x[i] = (u[i] * P + kLn2 * Q) * slope;
-        if (here && last) {
-          shared.sums[0][Map::own(j, i)][threadIdx.x] += dy[i] * u[i];
-          shared.sums[1][Map::own(j, i)][threadIdx.x] += x[i];
-        }
-        u[i] = fma(skip, dy[i], dt * P);
       }
       if (!last) continue;
-      write_sequence<T>(map, p.du, block, step0, steps, j, u);
-      write_sequence<T>(map, p.ddelta, block, step0, steps, j, x);
-      if (p.z.ptr != nullptr) write_sequence<T>(map, p.dz, block, step0, steps, j, z);
+      write_vector(map, p.du, block, steps, j, du, u);
+      write_vector(map, p.ddelta, block, steps, j, ddelta, x);
+      if (p.z.ptr != nullptr) write_vector(map, p.dz, block, steps, j, dz, z);
+      du += Map::to_next(p.du);
+      ddelta += Map::to_next(p.ddelta);
+      dz += Map::to_next(p.dz);
+      if (Map::kAlongTime) add_sums(j, sums);
+    }
+    if (!Map::kAlongTime && last) add_sums(0, sums);
+  }
+
+  // Of one element: u, delta, z and dout become du, ddelta, dz and what dD sums.
+  template <class Map>
+  TRIFUSE_DEVICE void element_gradients(const Map& map, int j, int i, int64_t step0, float bias, float skip, bool here,
+                                        bool last, float& u, float& x, float& z, float& dy) {
+    const int step = map.step(j) + (Map::kAlongTime ? i : 0);
+    const int channel = map.channel(j) + (Map::kAlongTime ? 0 : i);
+    const float* pair = shared.tile + pair_slot(step, channel / 2) + channel % 2 * 2;
+    const float2 sums = *reinterpret_cast<const float2*>(pair);
+    float y = sums.x, P = sums.y, Q = shared.dy[dy_slot(step, channel)];
+    if (p.partial_sums != nullptr && here) complete(P, Q, y, step0 + step, block.channel0 + channel, last);
+    float dt = x + bias, slope = 1.0f;
+    if (p.softplus) dt = softplus_and_slope(dt, slope);
+    if (p.z.ptr != nullptr) {
+      const float gate = sigmoid(z), dout = dy;
+      dy *= z * gate;
+      z = dout * fma(skip, u, y) * gate * (1.0f + z * (1.0f - gate));
+    }
+    x = (u * P + kLn2 * Q) * slope;
+    const float du = fma(skip, dy, dt * P);
+    dy *= u;
+    u = du;
+  }
+
+  template <int kOwn>
+  TRIFUSE_DEVICE void add_sums(int first, float (&sums)[2][kOwn]) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        shared.sums[which][first + i][threadIdx.x] += sums[which][i];
+        sums[which][i] = 0.0f;
+      }
     }
   }
 
@@ -470,8 +173,8 @@ struct Backward {
     if (to == nullptr || channel >= block.channels) return;
     float sum = 0.0f;
     if constexpr (Map::kAlongTime) {
-      for (int i = 0; i < Map::kPerRow; ++i) {
-        const int at = channel * Map::kPerRow + i;
+      for (unsigned i = 0; i < Map::kPerRow; ++i) {
+        const unsigned at = unsigned(channel) * Map::kPerRow + i;
         sum += shared.sums[which][at / kThreads][at % kThreads];
       }
     } else {
@@ -516,9 +219,9 @@ struct Backward {
       const unsigned special = special_steps(p, shared.boundaries, steps);
       const int groups = (steps + kGroup - 1) / kGroup;
       if constexpr (kLocal) {
-        carry_tile(groups, steps, special);
+        this->carry_tile(groups, steps, special);
       } else {
-        sweep_tile(groups, steps, special);
+        this->sweep_tile(groups, steps, special);
       }
       __syncthreads();
       if (more) staged.load(p, block, state0, step0 - kSteps);  // here, not earlier: eight registers
@@ -542,10 +245,10 @@ struct Backward {
     lane.clear(g);
     lane.clear(dA);
     if constexpr (kConstant) {
-      load_constant(p.B, B);
-      load_constant(p.C, C);
-      lane.clear(dB);
-      lane.clear(dC);
+      load_constant(p.B, this->B);
+      load_constant(p.C, this->C);
+      lane.clear(this->dB);
+      lane.clear(this->dC);
     }
     if (!kLocal && state0 == 0) {
 #pragma unroll
@@ -554,7 +257,7 @@ struct Backward {
       }
     }
     if (block.end == p.seqlen) {
-      if (p.cu_seqlens == nullptr) load_row(p.dlast_state, block.batch, g);
+      if (p.cu_seqlens == nullptr) this->load_row(p.dlast_state, block.batch, g);
     } else if (!kLocal) {
       for (unsigned split = p.splits - 1; split > block.split; --split) {
         through_split(p, block, lane, split, state0, A2, g);
@@ -573,12 +276,12 @@ struct Backward {
       decay.store(p, block);
       lane.store_plane(p.split_state + row * p.dstate * p.dim, p.dim, p.dstate, state0, g);
     } else {
-      store_row(p.dA, row, dA);
+      this->store_row(p.dA, row, dA);
       if constexpr (kConstant) {
-        store_row(p.dB_constant, row, dB);
-        store_row(p.dC_constant, row, dC);
+        this->store_row(p.dB_constant, row, this->dB);
+        this->store_row(p.dC_constant, row, this->dC);
       }
-      if (p.cu_seqlens == nullptr && block.begin == 0) store_row(p.dinitial_state, block.batch, g);
+      if (p.cu_seqlens == nullptr && block.begin == 0) this->store_row(p.dinitial_state, block.batch, g);
       if (state0 + kTileStates < p.dstate) return;
       __syncthreads();
       p.channel_fast ? write_weight_gradients<ChannelFast<T>>() : write_weight_gradients<TimeFast<T>>();

@@ -45,7 +45,7 @@ struct ScanArgs {
   const int64_t* cu_seqlens;
   int64_t num_seqs;
 
-  int64_t segment;  // channels that share their groups of B and C; no block crosses its end
+  int64_t segment;                      // channels that share their groups of B and C; no block crosses its end
   unsigned blocks_per_segment, blocks;  // blocks: per batch item and split
   // Time is split when there are too few channels to fill the device: a first pass (`local`) takes
   // every split from a zero state, the second folds what the splits before it left behind.
@@ -62,8 +62,7 @@ TRIFUSE_HD int64_t sequence_offset(const Sequence& s, int64_t batch, int64_t cha
   return batch * s.batch + channel * s.dim + step * s.step;
 }
 
-TRIFUSE_HD int64_t coefficient_offset(const Coefficient& c, int64_t batch, int64_t group, int64_t state,
-                                      int64_t step) {
+TRIFUSE_HD int64_t coefficient_offset(const Coefficient& c, int64_t batch, int64_t group, int64_t state, int64_t step) {
   return batch * c.batch + group * c.group + state * c.state + step * c.step;
 }
 
@@ -84,111 +83,6 @@ struct Block {
     end = begin + p.split_steps < p.seqlen ? begin + p.split_steps : p.seqlen;
   }
 };
-
-// A thread's share of a tile of a sequence: kVectors vectors of kLength elements. Each thread stages,
-// converts and finishes the same elements, so the staged tile needs no barrier. The positions are
-// worked out anew for every tile: kept, they would take most of the registers.
-template <typename T>
-struct TimeFast {
-  static constexpr bool kAlongTime = true;
-  static constexpr int kLength = 16 / int(sizeof(T));
-  static constexpr int kVectors = kSteps * kChannels / kThreads / kLength;
-  static constexpr int kUnroll = 8 / kLength;     // of the loops over vectors: 8 elements in flight
-  static constexpr int kPerRow = kSteps / kLength;
-  const int thread = opaque(int(threadIdx.x));
-  TRIFUSE_DEVICE int channel(int j) const { return (j * kThreads + thread) / kPerRow; }
-  TRIFUSE_DEVICE int step(int) const { return thread % kPerRow * kLength; }
-  TRIFUSE_DEVICE static int own(int j, int) { return j; }  // which of its channels an element is of
-};
-
-template <typename T>
-struct ChannelFast {
-  static constexpr bool kAlongTime = false;
-  static constexpr int kLength = 2;
-  static constexpr int kVectors = kSteps * kChannels / kThreads / kLength;
-  static constexpr int kUnroll = 4;
-  const int thread = opaque(int(threadIdx.x));
-  TRIFUSE_DEVICE int channel(int) const { return thread % kPairs * 2; }
-  TRIFUSE_DEVICE int step(int j) const { return j * (kThreads / kPairs) + thread / kPairs; }
-  TRIFUSE_DEVICE static int own(int, int i) { return i; }
-};
-
-constexpr int kMaxOwnChannels = 4;
-
-template <typename T, int kLength>
-struct alignas(sizeof(T) * kLength) Vector {
-  T v[kLength];
-};
-
-template <class Map>
-TRIFUSE_DEVICE bool inside(const Map& map, const Block& block, int steps, int j, int i) {
-  return map.step(j) + (Map::kAlongTime ? i : 0) < steps &&
-         map.channel(j) + (Map::kAlongTime ? 0 : i) < block.channels;
-}
-
-template <typename T, class Map>
-TRIFUSE_DEVICE T* element(const Map& map, const Sequence& s, const Block& block, int64_t step0, int j) {
-  return static_cast<T*>(s.ptr) +
-         sequence_offset(s, block.batch, block.channel0 + map.channel(j), step0 + map.step(j));
-}
-
-// Starts the copy of this thread's elements of a tile into its own slots. Outside: zero.
-template <class Map, typename T>
-TRIFUSE_DEVICE void stage(const Map& map, const Sequence& s, const Block& block, int64_t step0, int steps, T* slots) {
-  constexpr int kLength = Map::kLength;
-#pragma unroll Map::kUnroll
-  for (int j = 0; j < Map::kVectors; ++j) {
-    T* slot = slots + (j * kThreads + map.thread) * kLength;
-    const T* from = element<T>(map, s, block, step0, j);
-    if (s.vectors && inside(map, block, steps, j, kLength - 1)) {
-      async_copy<kLength * int(sizeof(T))>(slot, from);
-    } else {
-      const int64_t stride = Map::kAlongTime ? s.step : s.dim;
-#pragma unroll
-      for (int i = 0; i < kLength; ++i) {
-        slot[i] = inside(map, block, steps, j, i) ? from[i * stride] : from_float<T>(0.0f);
-      }
-    }
-  }
-}
-
-template <class Map, typename T>
-TRIFUSE_DEVICE void read_staged(const Map& map, const T* slots, int j, float (&x)[Map::kLength]) {
-  using V = Vector<T, Map::kLength>;
-  const V raw = *reinterpret_cast<const V*>(slots + (j * kThreads + map.thread) * Map::kLength);
-#pragma unroll
-  for (int i = 0; i < Map::kLength; ++i) x[i] = to_float(raw.v[i]);
-}
-
-template <typename T, class Map>
-TRIFUSE_DEVICE void write_sequence(const Map& map, const Sequence& s, const Block& block, int64_t step0, int steps,
-                                   int j, const float (&x)[Map::kLength]) {
-  constexpr int kLength = Map::kLength;
-  T* to = element<T>(map, s, block, step0, j);
-  if (s.vectors && inside(map, block, steps, j, kLength - 1)) {
-    Vector<T, kLength> raw;
-#pragma unroll
-    for (int i = 0; i < kLength; ++i) raw.v[i] = from_float<T>(x[i]);
-    *reinterpret_cast<Vector<T, kLength>*>(to) = raw;
-  } else {
-    const int64_t stride = Map::kAlongTime ? s.step : s.dim;
-#pragma unroll
-    for (int i = 0; i < kLength; ++i) {
-      if (inside(map, block, steps, j, i)) to[i * stride] = from_float<T>(x[i]);
-    }
-  }
-}
-
-// Per step and pair of channels, 16 bytes: dt and dt * u of the first channel, then of the second.
-// The pair's place in its row depends on the step so that no access conflicts in its banks.
-TRIFUSE_DEVICE int pair_slot(int step, int pair) { return (step * kPairs + (pair ^ (step / kGroup % 8))) * 4; }
-
-// A per-channel weight of this thread's element, 0 without one.
-template <class Map>
-TRIFUSE_DEVICE float weight(const Map& map, const float* w, const Block& block, int j, int i) {
-  const int channel = map.channel(j) + (Map::kAlongTime ? 0 : i);
-  return w != nullptr && channel < block.channels ? w[block.channel0 + channel] : 0.0f;
-}
 
 // Two channels times kStates states: registers [k][i] are channel `pair * 2 + (k ^ low)` and state
 // `first + (i ^ permuted)`. Neighbours hold the two channels in opposite order, so that summing over
@@ -253,75 +147,6 @@ struct Lane {
   }
 };
 
-// B and C of a tile in shared memory, float32: per step a row of B's copies, C's copies and a pad that
-// keeps rows out of each other's banks. Copy c holds state n at place n ^ c. A constant B or C reads
-// as one here and is multiplied in from registers.
-template <int kStates, int kCopies>
-struct CoefficientTile {
-  static constexpr int kTileStates = kStates * kSlices;
-  static constexpr int kRow = 2 * kCopies * kTileStates + 4;
-  static constexpr int kFloats = kSteps * kRow;
-};
-
-// This thread's part of B and C of one tile: four states of one step.
-template <typename T, int kStates>
-struct StagedCoefficients {
-  static constexpr int kQuads = kStates * kSlices / 4;
-  T b[4], c[4];
-
-  TRIFUSE_DEVICE static bool mine() { return int(threadIdx.x) < kSteps * kQuads; }
-  TRIFUSE_DEVICE static int step(const ScanArgs& p) {
-    return p.coefficients_along_time ? int(threadIdx.x) % kSteps : int(threadIdx.x) / kQuads;
-  }
-  TRIFUSE_DEVICE static int quad(const ScanArgs& p) {
-    return p.coefficients_along_time ? int(threadIdx.x) / kSteps : int(threadIdx.x) % kQuads;
-  }
-  TRIFUSE_DEVICE static void load(const ScanArgs& p, const Coefficient& from, const Block& block, int64_t state,
-                                  int64_t step, T (&x)[4]) {
-    const T* base = static_cast<const T*>(from.ptr);
-    if (from.variable) {
-      base += coefficient_offset(from, block.batch, block.index / from.blocks_per_group, state, step);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[i] = from_float<T>(0.0f);
-      if (state + i < p.dstate && step < block.end) {
-        x[i] = from.variable ? base[i * from.state] : from_float<T>(1.0f);
-      }
-    }
-  }
-  TRIFUSE_DEVICE void load(const ScanArgs& p, const Block& block, int64_t state0, int64_t step0) {
-    if (!mine()) return;
-    const int64_t state = state0 + opaque(quad(p)) * 4, at = step0 + opaque(step(p));
-    load(p, p.B, block, state, at, b);
-    load(p, p.C, block, state, at, c);
-  }
-  template <int kCopies>
-  TRIFUSE_DEVICE void store(const ScanArgs& p, float* tile) const {
-    using Tile = CoefficientTile<kStates, kCopies>;
-    if (!mine()) return;
-    float4* row = reinterpret_cast<float4*>(tile + step(p) * Tile::kRow) + quad(p);
-#pragma unroll
-    for (int copy = 0; copy < kCopies; ++copy) {
-      row[copy * kQuads] =
-          make_float4(to_float(b[copy]), to_float(b[1 ^ copy]), to_float(b[2 ^ copy]), to_float(b[3 ^ copy]));
-      row[(kCopies + copy) * kQuads] =
-          make_float4(to_float(c[copy]), to_float(c[1 ^ copy]), to_float(c[2 ^ copy]), to_float(c[3 ^ copy]));
-    }
-  }
-};
-
-template <int kStates>
-TRIFUSE_DEVICE void read_states(const float* from, float (&x)[kStates]) {
-  if constexpr (kStates == 4) {
-    const float4 v = *reinterpret_cast<const float4*>(from);
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kStates; ++i) x[i] = from[i];
-  }
-}
-
 // The sequences packed into one: for each step of a tile, the sequence that begins or ends there, or
 // -1. In processing order; reversed, the last sequence comes first.
 struct Boundaries {
@@ -359,30 +184,6 @@ TRIFUSE_DEVICE unsigned special_steps(const ScanArgs& p, const Boundaries& found
   if (p.cu_seqlens != nullptr) special = special || found.begins[lane] >= 0 || found.ends[lane] >= 0;
   return __ballot_sync(kFullWarp, special);
 }
-
-// Sum of dt over a split and whether a sequence begins in it, one channel to each of 16 lanes.
-struct SplitDecay {
-  float sum = 0.0f, begins = 0.0f;
-
-  TRIFUSE_DEVICE static bool mine() { return int(threadIdx.x) % 32 < kChannels / kWarps; }
-  TRIFUSE_DEVICE static int channel() { return int(threadIdx.x) / 32 * (kChannels / kWarps) + int(threadIdx.x) % 32; }
-  TRIFUSE_DEVICE void add(const ScanArgs& p, const float* tile, const Boundaries& found, int steps) {
-    if (mine()) {
-      for (int t = 0; t < steps; ++t) {
-        sum += tile[pair_slot(t, channel() / 2) + channel() % 2 * 2];
-        if (p.cu_seqlens != nullptr && found.begins[t] >= 0) begins = 1.0f;
-      }
-    }
-    __syncwarp();
-  }
-  TRIFUSE_DEVICE void store(const ScanArgs& p, const Block& block) const {
-    if (!mine() || channel() >= block.channels) return;
-    float* to =
-        p.split_decay + ((block.batch * p.splits + block.split) * p.dim + block.channel0 + channel()) * 2;
-    to[0] = sum;
-    to[1] = begins;
-  }
-};
 
 // x := what a split makes of the state x that enters it, and adds.
 template <int kStates, bool kPermute>

@@ -6,7 +6,7 @@
 // of issue slots, 120 us of shared memory and 62 us of device memory.
 #pragma once
 
-#include "selective_scan_common.cuh"
+#include "selective_scan_tiles.cuh"
 
 namespace trifuse::cuda {
 
@@ -44,7 +44,7 @@ struct Forward {
 
   template <class Map>
   TRIFUSE_DEVICE void stage_tile(int64_t step0, int buffer) {
-    const Map map;
+    const Map map(p);
     const int steps = int(block.end - step0 < kSteps ? block.end - step0 : kSteps);
     stage(map, p.u, block, step0, steps, shared.raw[buffer][0]);
     stage(map, p.delta, block, step0, steps, shared.raw[buffer][1]);
@@ -54,28 +54,21 @@ struct Forward {
   // Staged u and delta to the tile of dt and dt * u.
   template <class Map>
   TRIFUSE_DEVICE void convert(int buffer) {
-    const Map map;
+    const Map map(p);
+    Weight<Map> bias(map, p.delta_bias, block);
 #pragma unroll Map::kUnroll
     for (int j = 0; j < Map::kVectors; ++j) {
       float u[Map::kLength], dt[Map::kLength];
+      bias.load(map, p.delta_bias, block, j);
       read_staged(map, shared.raw[buffer][0], j, u);
       read_staged(map, shared.raw[buffer][1], j, dt);
 #pragma unroll
       for (int i = 0; i < Map::kLength; ++i) {
-        dt[i] += weight(map, p.delta_bias, block, j, i);
+        dt[i] += bias.of(i);
         if (p.softplus) dt[i] = softplus(dt[i]);
+        u[i] *= dt[i];
       }
-      const int step = map.step(j), channel = map.channel(j);
-      if constexpr (Map::kAlongTime) {
-#pragma unroll
-        for (int i = 0; i < Map::kLength; ++i) {
-          float* slot = shared.tile + pair_slot(step + i, channel / 2) + channel % 2 * 2;
-          *reinterpret_cast<float2*>(slot) = make_float2(dt[i], dt[i] * u[i]);
-        }
-      } else {
-        *reinterpret_cast<float4*>(shared.tile + pair_slot(step, channel / 2)) =
-            make_float4(dt[0], dt[0] * u[0], dt[1], dt[1] * u[1]);
-      }
+      write_pairs(map, j, dt, u, shared.tile);
     }
   }
 
@@ -135,16 +128,19 @@ struct Forward {
     }
   }
   TRIFUSE_DEVICE static int sum_slot(int step, int channel) {
-    return pair_slot(step, channel / 2) + channel % 2 * 2 + step / 2 % 2;
+    return pair_slot(step, channel / 2) + channel % 2 * 2 + int(unsigned(step) / 2 % 2);
   }
 
   template <class Map>
   TRIFUSE_DEVICE void finish(int64_t step0, int steps, int buffer) {
-    const Map map;
+    const Map map(p);
     const bool first = state0 == 0, last = state0 + kTileStates >= p.dstate;
+    Weight<Map> skip(map, p.D, block);
+    T* to = first_element<T>(map, p.out, block, step0);
 #pragma unroll Map::kUnroll
-    for (int j = 0; j < Map::kVectors; ++j) {
+    for (int j = 0; j < Map::kVectors; ++j, to += Map::to_next(p.out)) {
       float u[Map::kLength], z[Map::kLength], y[Map::kLength];
+      skip.load(map, p.D, block, j);
       read_staged(map, shared.raw[buffer][0], j, u);
       if (p.z.ptr != nullptr) read_staged(map, shared.raw[buffer][2], j, z);
 #pragma unroll
@@ -157,10 +153,10 @@ struct Forward {
           if (!first) y[i] += *sum;
           if (!last) *sum = y[i];
         }
-        y[i] = fma(weight(map, p.D, block, j, i), u[i], y[i]);
+        y[i] = fma(skip.of(i), u[i], y[i]);
         if (p.z.ptr != nullptr) y[i] *= z[i] * sigmoid(z[i]);
       }
-      if (last) write_sequence<T>(map, p.out, block, step0, steps, j, y);
+      if (last) write_vector(map, p.out, block, steps, j, to, y);
     }
   }
 
@@ -175,8 +171,8 @@ struct Forward {
     lane.store(to, p.dstate, state0, h);
   }
   TRIFUSE_DEVICE void save_chunk(int64_t chunk) {
-    lane.store_plane(p.chunk_states + (block.batch * p.n_chunks + chunk) * p.dstate * p.dim, p.dim, p.dstate,
-                     state0, h);
+    lane.store_plane(p.chunk_states + (block.batch * p.n_chunks + chunk) * p.dstate * p.dim, p.dim, p.dstate, state0,
+                     h);
   }
 
   TRIFUSE_DEVICE void stage_tile(int64_t step0, int buffer) {

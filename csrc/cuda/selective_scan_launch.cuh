@@ -35,7 +35,8 @@ template <typename T, int kStates, bool kConstant>
 Error launch_bwd_kernel(const BwdArgs& p, Stream stream) {
   const auto kernel =
       p.local ? scan_bwd_kernel<T, kStates, kConstant, true> : scan_bwd_kernel<T, kStates, kConstant, false>;
-  return launch(kernel, p.batch * int64_t(p.splits) * int64_t(p.blocks), 1, kThreads, sizeof(BwdShared<T, kStates>), stream, p);
+  return launch(kernel, p.batch * int64_t(p.splits) * int64_t(p.blocks), 1, kThreads, sizeof(BwdShared<T, kStates>),
+                stream, p);
 }
 
 // Both passes over time where it is split, else the one.

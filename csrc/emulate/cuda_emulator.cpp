@@ -42,7 +42,7 @@ struct Copy {
 
 struct Fiber {
   State state = State::kReady;
-  int line = 0;           // of the barrier, or kind of the warp operation, that it waits at
+  int line = 0;            // of the barrier, or kind of the warp operation, that it waits at
   unsigned exchanges = 0;  // warp operations so far: the parity picks the buffer
   bool started = false;
   jmp_buf resume;

@@ -79,8 +79,8 @@ EXPORT int trifuse_emulator_run_small(const char* name, float* out, int barrier)
   const struct {
     const char* name;
     void (*kernel)(Flawed);
-  } kernels[] = {{"mirror", mirror_kernel}, {"warp_sum", warp_sum_kernel}, {"copy", copy_kernel},
-                 {"overrun", overrun_kernel}};
+  } kernels[] = {
+      {"mirror", mirror_kernel}, {"warp_sum", warp_sum_kernel}, {"copy", copy_kernel}, {"overrun", overrun_kernel}};
   for (const auto& one : kernels) {
     if (__builtin_strcmp(one.name, name) == 0) {
       return trifuse::cuda::launch(one.kernel, 1, 1, 64, 64 * sizeof(float), nullptr, Flawed{out, barrier});

@@ -21,9 +21,7 @@ TRIFUSE_DEVICE void async_copy(void* shared, const void* global) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
 }
-TRIFUSE_DEVICE void async_copy_wait() {
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
-}
+TRIFUSE_DEVICE void async_copy_wait() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
 
 // x, as if the compiler could not know it: what is computed from it is not hoisted out of loops, where
 // it would hold registers.

@@ -39,8 +39,8 @@ TRIFUSE_HD To bit_cast(const From& from) {
 inline float host_from_f16(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
   if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  const float value = magnitude < 0x400 ? float(magnitude) * 0x1p-24f
-                                        : bit_cast<float>((magnitude << 13) + (uint32_t(112) << 23));
+  const float value =
+      magnitude < 0x400 ? float(magnitude) * 0x1p-24f : bit_cast<float>((magnitude << 13) + (uint32_t(112) << 23));
   return sign ? -value : value;
 }
 

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--ops", type=_names, default=(), help="only these ops, comma-separated")
     report.add_argument("--workloads", type=_names, default=(), help="only these workloads, comma-separated")
     report.add_argument("--time-limit", type=_positive, default=None, metavar="S",
-                        help="start no new measurement after S seconds (default 150, with --full 3600)")  # fmt: skip
+                        help="start no new measurement after S seconds (default 140, with --full 3600)")  # fmt: skip
     report.add_argument("--bench", type=Path, default=None, help="the clone's bench folder, if not ./bench")
     report.add_argument("--no-example", action="store_true", help="leave out examples/byte_lm.py")
     report.set_defaults(run=_report)

@@ -242,7 +242,7 @@ class Arena:
         if seconds < 0.5:
             start = clock()
             call()
-            seconds = clock() - start
+            seconds = min(seconds, clock() - start)
         minimum = self.minimum_rounds
         if seconds > _SLOW and minimum <= QUICK_ROUNDS:
             minimum = 2 if seconds < _VERY_SLOW else 1

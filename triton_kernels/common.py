@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LN2", "LOG2E", "add", "channels", "compose", "compose_restarting", "launch", "load_tile", "power_of_2", "sigmoid",
-    "softplus", "store_tile", "wide",
+    "LN2", "LOG2E", "OPTIONS", "add", "channels", "compose", "compose_restarting", "launch", "load_tile", "power_of_2",
+    "reverse_rows", "sigmoid", "softplus", "store_tile", "wide",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -46,6 +46,17 @@ def compose_restarting(a1, b1, a2, b2):
 
 
 @triton.jit
+def reverse_rows(x, STEPS: tl.constexpr):
+    """The rows of a float32 tile of 2 ** STEPS columns, backwards: one shuffle per bit of the lane and
+    nothing else. (A scan with reverse=True turns four tensors, in Triton 3.6 with a shuffle per bit each.)"""
+    y = tl.reshape(x.to(tl.int32, bitcast=True), x.shape[:1] + [2] * STEPS)
+    for k in tl.static_range(STEPS):
+        # (a + b) - a, exact in integers. To 64 bits and back: the interpreter's sums widen.
+        y = (tl.sum(y, 1 + k, keep_dims=True) - y).to(tl.int64).to(tl.int32)
+    return tl.reshape(y, x.shape).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def channels(block, span, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
     """The channels of a block, int64, and which of them exist. No block leaves its span of channels
     (all channels of a span read the same groups of B and C); EVEN_D: blocks fill their span."""
@@ -82,10 +93,14 @@ def add(ptr, value, mask):
     tl.store(ptr, tl.load(ptr, mask=mask, other=0.0) + value, mask=mask)
 
 
+# Whether multiply and add are fused by default depends on Triton's version. One stage: a loop that reads
+# what its last round wrote must not have its loads moved up.
+OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
+
+
 def launch(kernel, grid, *args, **meta):
-    """Every launch goes through here. Whether multiply and add are fused by default depends on Triton's
-    version. One stage: a loop that reads what its last round wrote must not have its loads moved up."""
-    kernel[grid](*args, enable_fp_fusion=True, num_stages=1, **meta)
+    """Every launch goes through here."""
+    kernel[grid](*args, **OPTIONS, **meta)
 
 
 def power_of_2(n, low, high):

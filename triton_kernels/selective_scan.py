@@ -6,8 +6,8 @@ associative scan, so nothing of size (B, D, L, N) ever exists and N may be anyth
 another in processing order inside the program and hand the state on through `carry` in memory;
 batch x channel blocks give the parallelism.
 
-Tiles lie in memory order even with `reverse`: the scan runs the other way instead, which keeps the
-loads vectorized. "First", "last", "before" and "after" below are in processing order.
+Everything inside runs in processing order: with `reverse`, step s reads place L - 1 - s of u, delta, z
+and out, and the launcher lays B and C out by step. "First", "last", "before" and "after" mean that order.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from trifuse.triton_kernels import common
-from trifuse.triton_kernels.common import LN2, LOG2E, add, channels, load_tile, sigmoid, store_tile, wide
+from trifuse.triton_kernels.common import LN2, LOG2E, add, channels, load_tile, reverse_rows, sigmoid, store_tile, wide
 from trifuse.triton_kernels.selective_scan_tile import (
     accumulate,
     boundaries,
@@ -25,7 +25,7 @@ from trifuse.triton_kernels.selective_scan_tile import (
     load_channel,
     load_coefficient,
     load_step,
-    positions,
+    place,
     scan_rows,
 )
 from trifuse.triton_kernels.selective_state_update import selective_state_update
@@ -43,8 +43,7 @@ def _fwd_kernel(
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens is not None
     i = tl.arange(0, BLOCK_T)
-    first = i == (BLOCK_T - 1 if REVERSE else 0)
-    last = i == (0 if REVERSE else BLOCK_T - 1)
+    first, last = i == 0, i == BLOCK_T - 1
     batch = wide(tl.program_id(0) // n_blocks)
     d, d_mask = channels(tl.program_id(0) % n_blocks, span, BLOCK_D, EVEN_D)
     B_base = group(B, B_strides, batch, d, B_span, B_VARIES)
@@ -54,8 +53,10 @@ def _fwd_kernel(
     carry_rows = carry + (batch * dim + d) * dstate
 
     for chunk in range(n_chunks):
-        t, t_mask = positions(chunk, seqlen, BLOCK_T, REVERSE, EVEN_T)
-        mask = d_mask[:, None] & t_mask[None, :]
+        s = wide(chunk) * BLOCK_T + i
+        s_mask = i >= 0 if EVEN_T else s < seqlen
+        t = place(s, seqlen, REVERSE)
+        mask = d_mask[:, None] & s_mask[None, :]
         x = load_tile(u, u_strides, batch, d, t, mask)
         dt, _ = load_step(delta, delta_strides, bias, batch, d, t, mask, SOFTPLUS)
         y = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
@@ -63,16 +64,16 @@ def _fwd_kernel(
             y = skip[:, None] * x
         x = x * dt
         if PACKED:
-            seq, starts, ends = boundaries(sequence, cu_seqlens, t, t_mask, REVERSE)
+            seq, starts, ends = boundaries(sequence, cu_seqlens, t, s_mask, REVERSE)
             rows = (seq[None, :] * dim + d[:, None]) * dstate
 
         for n in range(dstate):
             log2_decay = tl.load(A + d * dstate + n, mask=d_mask, other=0.0) * LOG2E
             a = tl.exp2(dt * log2_decay[:, None])
-            b = load_coefficient(B_base, B_strides, n, d, dstate, t, d_mask, t_mask, B_VARIES) * x
+            b = load_coefficient(B_base, B_strides, n, d, dstate, s, d_mask, s_mask, B_VARIES) * x
             if not EVEN_T:  # steps that do not exist keep the state, whatever A and B are
-                a = tl.where(t_mask[None, :], a, 1.0)
-                b = tl.where(t_mask[None, :], b, 0.0)
+                a = tl.where(s_mask[None, :], a, 1.0)
+                b = tl.where(s_mask[None, :], b, 0.0)
             state = tl.load(carry_rows + n, mask=d_mask, other=0.0)
             if chunk_states is not None:
                 saved = chunk_states + ((batch * n_chunks + chunk) * dstate + n) * dim + d
@@ -85,8 +86,8 @@ def _fwd_kernel(
                 a = tl.where(starts[None, :], -1.0, a)
             else:
                 b = tl.where(first[None, :], a * state[:, None] + b, b)
-            h = scan_rows(a, b, PACKED, REVERSE)
-            y += h * load_coefficient(C_base, C_strides, n, d, dstate, t, d_mask, t_mask, C_VARIES)
+            h = scan_rows(a, b, PACKED)
+            y += h * load_coefficient(C_base, C_strides, n, d, dstate, s, d_mask, s_mask, C_VARIES)
             tl.store(carry_rows + n, column(h, last), mask=d_mask)
             if PACKED:
                 tl.store(last_state + rows + n, h, mask=d_mask[:, None] & ends[None, :])
@@ -100,12 +101,14 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, sequence, chunk_states,
+    dout, dlast_state, u, delta, A, B, C, C_back, D, z, delta_bias, initial_state, cu_seqlens, sequence, chunk_states,
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state, carry,
-    dout_strides, u_strides, delta_strides, z_strides, out_strides, B_strides, C_strides, dB_strides, dC_strides,
+    dout_strides, u_strides, delta_strides, z_strides, out_strides, B_strides, C_strides, C_back_strides,
+    dB_strides, dC_strides,
     dim, seqlen, dstate, n_blocks, n_chunks, span, B_span, C_span, blocks_each, programs_each,
     B_VARIES: tl.constexpr, C_VARIES: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     ATOMIC: tl.constexpr, EVEN_T: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `blocks_each` blocks of channels, one after another.
 
@@ -114,10 +117,8 @@ def _bwd_kernel(
     one step to either side gives both without dividing or subtracting states from one another.
     `carry` holds a g of the first step of the tile that was processed just before, the one after."""
     PACKED: tl.constexpr = cu_seqlens is not None
-    AFTER: tl.constexpr = -1 if REVERSE else 1
     i = tl.arange(0, BLOCK_T)
-    first = i == (BLOCK_T - 1 if REVERSE else 0)
-    last = i == (0 if REVERSE else BLOCK_T - 1)
+    first = i == 0
     batch = wide(tl.program_id(0) // programs_each)
     program = tl.program_id(0) % programs_each
 
@@ -125,16 +126,17 @@ def _bwd_kernel(
         d, d_mask = channels(block, span, BLOCK_D, EVEN_D)
         B_base = group(B, B_strides, batch, d, B_span, B_VARIES)
         C_base = group(C, C_strides, batch, d, C_span, C_VARIES)
+        C_back_base = group(C_back, C_back_strides, batch, d, C_span, C_VARIES)
         dB_base = group(dB, dB_strides, batch, d, B_span, B_VARIES)
         dC_base = group(dC, dC_strides, batch, d, C_span, C_VARIES)
         if not ATOMIC:  # each program adds into a slab of its own: the programs of a group, counted from 0
             blocks = tl.cdiv(span, BLOCK_D)
             if B_VARIES:
                 first_block = tl.min(d, 0) // B_span * (B_span // span * blocks)
-                dB_base += (program - first_block // blocks_each) * dB_strides[4]
+                dB_base += (program - first_block // blocks_each) * dB_strides[5]
             if C_VARIES:
                 first_block = tl.min(d, 0) // C_span * (C_span // span * blocks)
-                dC_base += (program - first_block // blocks_each) * dC_strides[4]
+                dC_base += (program - first_block // blocks_each) * dC_strides[5]
         skip = load_channel(D, d, d_mask)
         bias = load_channel(delta_bias, d, d_mask)
         sum_D = tl.zeros((BLOCK_D,), tl.float32)
@@ -143,55 +145,67 @@ def _bwd_kernel(
 
         for step in range(n_chunks):
             chunk = n_chunks - 1 - step
-            t, t_mask = positions(chunk, seqlen, BLOCK_T, REVERSE, EVEN_T)
-            mask = d_mask[:, None] & t_mask[None, :]
+            s = wide(chunk) * BLOCK_T + i
+            s_mask = i >= 0 if EVEN_T else s < seqlen
+            t = place(s, seqlen, REVERSE)
+            mask = d_mask[:, None] & s_mask[None, :]
             dt, _ = load_step(delta, delta_strides, bias, batch, d, t, mask, SOFTPLUS)
             x = dt * load_tile(u, u_strides, batch, d, t, mask)
-            before, before_mask = t - AFTER, t_mask & ~first
-            mask_before = d_mask[:, None] & before_mask[None, :]
-            x_before, _ = load_step(delta, delta_strides, bias, batch, d, before, mask_before, SOFTPLUS)
-            x_before *= load_tile(u, u_strides, batch, d, before, mask_before)
-            after_mask = ~last
-            if not EVEN_T:
-                after_mask = after_mask & (t + AFTER >= 0) & (t + AFTER < seqlen)
+            t_before, s_mask_before = place(s - 1, seqlen, REVERSE), s_mask & ~first
+            mask_before = d_mask[:, None] & s_mask_before[None, :]
+            x_before, _ = load_step(delta, delta_strides, bias, batch, d, t_before, mask_before, SOFTPLUS)
+            x_before *= load_tile(u, u_strides, batch, d, t_before, mask_before)
+            # The tile once more, backwards, for the recurrence that runs that way: column i is step s_back, the
+            # i_back-th from the end of the last tile.
+            i_back = wide(step) * BLOCK_T + i
+            s_back = wide(n_chunks) * BLOCK_T - 1 - i_back
+            back_mask = i >= 0 if EVEN_T else s_back < seqlen
+            after_mask = i > 0 if EVEN_T else s_back + 1 < seqlen
+            t_after = place(s_back + 1, seqlen, REVERSE)
             mask_after = d_mask[:, None] & after_mask[None, :]
-            dt_after, _ = load_step(delta, delta_strides, bias, batch, d, t + AFTER, mask_after, SOFTPLUS)
+            dt_after, _ = load_step(delta, delta_strides, bias, batch, d, t_after, mask_after, SOFTPLUS)
             dy = load_tile(dout, dout_strides, batch, d, t, mask)
             if z is not None:
                 gate = load_tile(z, z_strides, batch, d, t, mask)
                 dy *= gate * sigmoid(gate)
+            dy_back = reverse_rows(dy, STEPS)
             y = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)  # stays zero, and costs nothing, without z
             dx = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
             ddt = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
             if PACKED:
-                seq, starts, ends = boundaries(sequence, cu_seqlens, t, t_mask, REVERSE)
+                seq, starts, _ = boundaries(sequence, cu_seqlens, t, s_mask, REVERSE)
                 rows = (seq[None, :] * dim + d[:, None]) * dstate
+                t_back = place(s_back, seqlen, REVERSE)
+                seq_back, _, ends = boundaries(sequence, cu_seqlens, t_back, back_mask, REVERSE)
+                rows_back = (seq_back[None, :] * dim + d[:, None]) * dstate
 
             for n in range(dstate):
                 log2_decay = tl.load(A + d * dstate + n, mask=d_mask, other=0.0)[:, None] * LOG2E
-                c = load_coefficient(C_base, C_strides, n, d, dstate, t, d_mask, t_mask, C_VARIES)
                 arriving = tl.load(carry + weights + n, mask=d_mask, other=0.0)
                 a_after = tl.exp2(dt_after * log2_decay)
-                g = c * dy
+                c_back = load_coefficient(
+                    C_back_base, C_back_strides, n, d, dstate, i_back, d_mask, back_mask, C_VARIES
+                )
+                g = c_back * dy_back
                 if not EVEN_T:
                     a_after = tl.where(after_mask[None, :], a_after, 1.0)
-                    g = tl.where(t_mask[None, :], g, 0.0)
+                    g = tl.where(back_mask[None, :], g, 0.0)
                 if PACKED:
-                    g = tl.where((last & ~ends)[None, :], g + arriving[:, None], g)
+                    g = tl.where((first & ~ends)[None, :], g + arriving[:, None], g)
                     if dlast_state is not None:
-                        g += tl.load(dlast_state + rows + n, mask=d_mask[:, None] & ends[None, :], other=0.0)
+                        g += tl.load(dlast_state + rows_back + n, mask=d_mask[:, None] & ends[None, :], other=0.0)
                     a_after = tl.where(ends[None, :], -1.0, a_after)
                 else:
-                    g = tl.where(last[None, :], g + arriving[:, None], g)
-                g = scan_rows(a_after, g, PACKED, not REVERSE)
+                    g = tl.where(first[None, :], g + arriving[:, None], g)
+                g = reverse_rows(scan_rows(a_after, g, PACKED), STEPS)
 
-                b_before = load_coefficient(B_base, B_strides, n, d, dstate, before, d_mask, before_mask, B_VARIES)
+                b_before = load_coefficient(B_base, B_strides, n, d, dstate, s - 1, d_mask, s_mask_before, B_VARIES)
                 state = tl.load(
                     chunk_states + ((batch * n_chunks + chunk) * dstate + n) * dim + d, mask=d_mask, other=0.0
                 )
                 a = tl.exp2(dt * log2_decay)
                 if not EVEN_T:
-                    a = tl.where(t_mask[None, :], a, 1.0)
+                    a = tl.where(s_mask[None, :], a, 1.0)
                 ga = g * a
                 tl.store(carry + weights + n, column(ga, first), mask=d_mask)
                 h = tl.where(first[None, :], state[:, None], b_before * x_before)
@@ -201,30 +215,30 @@ def _bwd_kernel(
                         h0 = tl.load(initial_state + rows + n, mask=d_mask[:, None] & starts[None, :], other=0.0)
                         tl.store(dinitial_state + rows + n, ga, mask=d_mask[:, None] & starts[None, :])
                     h = tl.where(starts[None, :], h0, h)
-                    h = scan_rows(tl.where(starts[None, :], -1.0, a), a * h, True, REVERSE)
+                    h = scan_rows(tl.where(starts[None, :], -1.0, a), a * h, True)
                 else:
-                    h = scan_rows(a, a * h, False, REVERSE)
-                b = load_coefficient(B_base, B_strides, n, d, dstate, t, d_mask, t_mask, B_VARIES)
+                    h = scan_rows(a, a * h, False)
+                b = load_coefficient(B_base, B_strides, n, d, dstate, s, d_mask, s_mask, B_VARIES)
                 gh = g * h
                 ddt += gh * log2_decay
                 add(dA + weights + n, tl.sum(gh * dt, 1), d_mask)
                 h += b * x
                 dx += g * b
                 if z is not None:
-                    y += c * h
+                    y += h * load_coefficient(C_base, C_strides, n, d, dstate, s, d_mask, s_mask, C_VARIES)
                 g *= x
                 h *= dy
                 if not EVEN_D:
                     g = tl.where(d_mask[:, None], g, 0.0)
                     h = tl.where(d_mask[:, None], h, 0.0)
                 if B_VARIES:
-                    accumulate(dB_base, dB_strides, n, tl.sum(g, 0), t, t_mask, ATOMIC)
+                    accumulate(dB_base, dB_strides, n, tl.sum(g, 0), s, s_mask, ATOMIC)
                 if C_VARIES:
-                    accumulate(dC_base, dC_strides, n, tl.sum(h, 0), t, t_mask, ATOMIC)
+                    accumulate(dC_base, dC_strides, n, tl.sum(h, 0), s, s_mask, ATOMIC)
                 if not B_VARIES:
-                    add(dB + weights + n, tl.sum(tl.where(t_mask[None, :], g, 0.0), 1), d_mask)
+                    add(dB + weights + n, tl.sum(tl.where(s_mask[None, :], g, 0.0), 1), d_mask)
                 if not C_VARIES:
-                    add(dC + weights + n, tl.sum(tl.where(t_mask[None, :], h, 0.0), 1), d_mask)
+                    add(dC + weights + n, tl.sum(tl.where(s_mask[None, :], h, 0.0), 1), d_mask)
 
             # Read again what the loop over states did not need: registers are what it is short of.
             ut = load_tile(u, u_strides, batch, d, t, mask)
@@ -236,9 +250,9 @@ def _bwd_kernel(
             store_tile(du, out_strides, batch, d, t, mask, dut)
             if z is not None:
                 gate = load_tile(z, z_strides, batch, d, t, mask)
-                s = sigmoid(gate)
+                sg = sigmoid(gate)
                 dgate = load_tile(dout, dout_strides, batch, d, t, mask) * y
-                store_tile(dz, out_strides, batch, d, t, mask, dgate * s * (1.0 + gate * (1.0 - s)))
+                store_tile(dz, out_strides, batch, d, t, mask, dgate * sg * (1.0 + gate * (1.0 - sg)))
             ddt = dx * ut + ddt * LN2
             if SOFTPLUS:
                 _, raw = load_step(delta, delta_strides, bias, batch, d, t, mask, False)
@@ -272,20 +286,35 @@ def _tile(rows, span, seqlen, chunk_size, per_warp):
     return block_d, block_t, max(block_d // per_warp, 1)
 
 
-def _time_major(coef, u):
-    """B or C with aligned rows along time, copied if it is not and is smaller than u: its loads lead the
-    layout of the kernel (see load_coefficient), and each row is read by every channel of its group."""
-    if coef.dim() == 2 or coef.numel() > u.numel():
-        return coef
-    if coef.stride(3) == 1 and all(stride % 16 == 0 for stride in coef.stride()[:3]) and coef.data_ptr() % 16 == 0:
-        return coef
+def _by_step(coef, u, reverse):
+    """B or C with its strides (batch, group, state, step, and where step 0 is).
+
+    Copied into aligned rows along the steps, if it does not lie so already and is not larger than u: its
+    loads lead the layout of the kernel (see load_coefficient), and all channels of a group read the same."""
+    if coef.dim() == 2:
+        return coef, (0, 0, 0, 0, 0)
     batch, groups, dstate, seqlen = coef.shape
-    padded = coef.new_empty((batch, groups, dstate, triton.cdiv(seqlen, 16) * 16))
-    return padded[..., :seqlen].copy_(coef)
+    strides = coef.stride()
+    aligned = strides[3] == 1 and all(stride % 16 == 0 for stride in strides[:3]) and coef.data_ptr() % 16 == 0
+    if coef.numel() <= u.numel() and (reverse or not aligned):
+        rows = coef.new_empty((batch, groups, dstate, triton.cdiv(seqlen, 16) * 16))
+        rows[..., :seqlen] = coef.flip(3) if reverse else coef
+        return rows, (*rows.stride(), 0)
+    if reverse:
+        return coef, (*strides[:3], -strides[3], (seqlen - 1) * strides[3])
+    return coef, (*strides, 0)
 
 
-def _coef_strides(coef):
-    return coef.stride() if coef.dim() == 4 else (0, 0, 0, 0)
+def _backwards(coef, strides, u, steps):
+    """A coefficient laid out by step, read from the end of the last of `steps` steps (not all of which exist)."""
+    if coef.dim() == 2:
+        return coef, strides
+    if coef.numel() > u.numel():
+        return coef, (*strides[:3], -strides[3], strides[4] + (steps - 1) * strides[3])
+    batch, groups, dstate, seqlen = (*coef.shape[:3], u.shape[2])
+    rows = coef.new_empty((batch, groups, dstate, steps))
+    rows[..., steps - seqlen :] = coef[..., :seqlen].flip(3)
+    return rows, (*rows.stride(), 0)
 
 
 def _sequences(cu_seqlens, seqlen):
@@ -316,8 +345,9 @@ def selective_scan_fwd(
     if out.numel() == 0:
         return out, last_state, chunk_states
 
-    B, C = _time_major(B, u), _time_major(C, u)
     span, B_span, C_span = _span(dim, (B, C))
+    B, B_strides = _by_step(B, u, reverse)
+    C, C_strides = _by_step(C, u, reverse)
     rows = batch * dim
     block_d, block_t, warps = _tile(rows, span, seqlen, chunk_size or CHUNK_SIZE["triton"], 4 if rows >= 8192 else 2)
     n_blocks = dim // span * triton.cdiv(span, block_d)
@@ -325,7 +355,7 @@ def selective_scan_fwd(
         _fwd_kernel, (batch * n_blocks,),
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, _sequences(cu_seqlens, seqlen), out, last_state,
         last_state if cu_seqlens is None else A.new_zeros((1, dim, dstate)), chunk_states if chunk_size else None,
-        u.stride(), delta.stride(), (u if z is None else z).stride(), out.stride(), _coef_strides(B), _coef_strides(C),
+        u.stride(), delta.stride(), (u if z is None else z).stride(), out.stride(), B_strides, C_strides,
         dim, seqlen, dstate, n_blocks, n_chunks, span, B_span, C_span,
         B_VARIES=B.dim() == 4, C_VARIES=C.dim() == 4, SOFTPLUS=delta_softplus, REVERSE=reverse,
         EVEN_T=seqlen % block_t == 0, EVEN_D=span % block_d == 0, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=warps,
@@ -353,7 +383,8 @@ def selective_scan_bwd(
     weights = [A.new_zeros((batch, dim)) for _ in range(2)]  # of D and delta_bias
 
     span, B_span, C_span = _span(dim, (B, C))
-    block_d, block_t, warps = _tile(batch * dim, span, seqlen, chunk_size, 2)
+    per_warp = 2 if cu_seqlens is None else 1  # packing takes registers too
+    block_d, block_t, warps = _tile(batch * dim, span, seqlen, chunk_size, per_warp)
     blocks_per_span = triton.cdiv(span, block_d)
     n_blocks = dim // span * blocks_per_span
     varies = B.dim() == 4 or C.dim() == 4
@@ -367,29 +398,34 @@ def selective_scan_bwd(
             sums[k] = A.new_zeros((slabs, *coef.shape))
 
     if du.numel() > 0:
-        programs = triton.cdiv(n_blocks, blocks_each)
-        B_major, C_major = _time_major(B, u), _time_major(C, u)
+        programs, n_chunks = triton.cdiv(n_blocks, blocks_each), triton.cdiv(seqlen, chunk_size)
+        B_steps, B_strides = _by_step(B, u, reverse)
+        C_steps, C_strides = _by_step(C, u, reverse)
+        C_back, C_back_strides = _backwards(C_steps, C_strides, u, n_chunks * block_t)
         common.launch(
             _bwd_kernel, (batch * programs,),
-            dout, dlast_state, u, delta, A, B_major, C_major, D, z, delta_bias, initial_state, cu_seqlens,
+            dout, dlast_state, u, delta, A, B_steps, C_steps, C_back, D, z, delta_bias, initial_state, cu_seqlens,
             _sequences(cu_seqlens, seqlen), chunk_states, du, ddelta, *sums, weights[0], dz, weights[1],
             dinitial_state, carry, dout.stride(), u.stride(), delta.stride(), (u if z is None else z).stride(),
-            du.stride(), _coef_strides(B_major), _coef_strides(C_major), _sum_strides(sums[1]), _sum_strides(sums[2]),
-            dim, seqlen, dstate, n_blocks, triton.cdiv(seqlen, chunk_size), span, B_span, C_span, blocks_each, programs,
+            du.stride(), B_strides, C_strides, C_back_strides, _sum_strides(sums[1]), _sum_strides(sums[2]),
+            dim, seqlen, dstate, n_blocks, n_chunks, span, B_span, C_span, blocks_each, programs,
             B_VARIES=B.dim() == 4, C_VARIES=C.dim() == 4, SOFTPLUS=delta_softplus, REVERSE=reverse,
             ATOMIC=not deterministic, EVEN_T=seqlen % block_t == 0, EVEN_D=span % block_d == 0,
-            BLOCK_D=block_d, BLOCK_T=block_t, num_warps=warps,
+            BLOCK_D=block_d, BLOCK_T=block_t, STEPS=block_t.bit_length() - 1, num_warps=warps,
         )  # fmt: skip
 
     none = A.new_empty((0,))
+    dB, dC = (empty_coefficient(coef, coef.dtype, bld) for coef in (B, C))
+    for grad, total in ((dB, sums[1]), (dC, sums[2])):
+        total = total.sum(0)
+        grad.copy_(total.flip(3) if reverse and grad.dim() == 4 else total)
     return (
-        du, ddelta, sums[0].sum(0), empty_coefficient(B, B.dtype, bld).copy_(sums[1].sum(0)),
-        empty_coefficient(C, C.dtype, bld).copy_(sums[2].sum(0)), none if D is None else weights[0].sum(0), dz,
+        du, ddelta, sums[0].sum(0), dB, dC, none if D is None else weights[0].sum(0), dz,
         torch.empty_like(none) if delta_bias is None else weights[1].sum(0),
         torch.empty_like(none) if initial_state is None else dinitial_state,
     )  # fmt: skip
 
 
 def _sum_strides(sums):
-    """(batch, group, state, time, slab) of the sums of a variable coefficient."""
-    return (*sums.stride()[1:], sums.stride(0)) if sums.dim() == 5 else (0, 0, 0, 0, 0)
+    """(batch, group, state, step, where step 0 is, slab) of the sums of a variable coefficient."""
+    return (*sums.stride()[1:], 0, sums.stride(0)) if sums.dim() == 5 else (0, 0, 0, 0, 0, 0)

@@ -1,6 +1,6 @@
 """The pieces of a tile that the forward and the backward selective scan share, in Triton.
 
-A tile is (channels, time); t are the places in time it covers, in memory order.
+A tile is (channels, steps), its steps in processing order; place t of the sequence is where step s reads.
 """
 
 import triton
@@ -15,27 +15,27 @@ __all__ = [
     "load_channel",
     "load_coefficient",
     "load_step",
-    "positions",
+    "place",
     "scan_rows",
 ]
 
 
 @triton.jit
-def scan_rows(a, b, RESTARTS: tl.constexpr, REVERSE: tl.constexpr):
+def scan_rows(a, b, RESTARTS: tl.constexpr):
     """h = a * (h before) + b along each row, from zero."""
     if RESTARTS:
-        _, h = tl.associative_scan((a, b), 1, compose_restarting, reverse=REVERSE)
+        _, h = tl.associative_scan((a, b), 1, compose_restarting)
     else:
-        _, h = tl.associative_scan((a, b), 1, compose, reverse=REVERSE)
+        _, h = tl.associative_scan((a, b), 1, compose)
     return h
 
 
 @triton.jit
-def positions(chunk, seqlen, BLOCK_T: tl.constexpr, REVERSE: tl.constexpr, EVEN_T: tl.constexpr):
-    """The places in time of a tile, and which of them exist: a chunk is BLOCK_T processing steps."""
-    i = tl.arange(0, BLOCK_T)
-    t = (seqlen - wide(chunk + 1) * BLOCK_T if REVERSE else wide(chunk) * BLOCK_T) + i
-    return t, i >= 0 if EVEN_T else (t >= 0) & (t < seqlen)
+def place(s, seqlen, REVERSE: tl.constexpr):
+    if REVERSE:
+        return seqlen - 1 - s
+    else:
+        return s
 
 
 @triton.jit
@@ -72,20 +72,20 @@ def load_channel(ptr, d, d_mask):
 def group(coef, strides, batch, d, span, VARIES: tl.constexpr):
     """Where the B or C of these channels (all of one span) begins."""
     if VARIES:
-        return coef + batch * strides[0] + (tl.min(d, 0) // span) * strides[1]
+        return coef + batch * strides[0] + (tl.min(d, 0) // span) * strides[1] + strides[4]
     else:
         return coef
 
 
 @triton.jit
-def load_coefficient(base, strides, n, d, dstate, t, d_mask, t_mask, VARIES: tl.constexpr):
-    """State n of B or C, as something that broadcasts over (channels, time).
+def load_coefficient(base, strides, n, d, dstate, s, d_mask, s_mask, VARIES: tl.constexpr):
+    """State n of B or C at steps s, as something that broadcasts over the tile.
 
     A variable one is loaded once per channel row on purpose: an aligned load of the tile's shape is
     what makes the compiler give each lane consecutive steps, on which the cost of the scan hangs."""
     if VARIES:
-        offsets = wide(n) * strides[2] + (t * strides[3])[None, :] + (d * 0)[:, None]
-        return tl.load(base + offsets, mask=t_mask[None, :] & d_mask[:, None], other=0.0).to(tl.float32)
+        offsets = wide(n) * strides[2] + (s * strides[3])[None, :] + (d * 0)[:, None]
+        return tl.load(base + offsets, mask=s_mask[None, :] & d_mask[:, None], other=0.0).to(tl.float32)
     else:
         return tl.load(base + d * dstate + n, mask=d_mask, other=0.0)[:, None]
 
@@ -97,10 +97,10 @@ def column(tile, at):
 
 
 @triton.jit
-def accumulate(base, strides, n, value, t, t_mask, ATOMIC: tl.constexpr):
-    """Add what a block of channels gives to the gradient of state n of B or C, per step of time."""
-    at = base + wide(n) * strides[2] + t * strides[3]
+def accumulate(base, strides, n, value, s, s_mask, ATOMIC: tl.constexpr):
+    """Add what a block of channels gives to the gradient of state n of B or C, per step."""
+    at = base + wide(n) * strides[2] + s * strides[3]
     if ATOMIC:
-        tl.atomic_add(at, value, mask=t_mask, sem="relaxed")
+        tl.atomic_add(at, value, mask=s_mask, sem="relaxed")
     else:
-        add(at, value, t_mask)
+        add(at, value, s_mask)

@@ -1,0 +1,25 @@
+"""The Triton kernels compile for every GPU generation, within a committed budget and without spills.
+
+No GPU is needed: triton brings its assemblers. After a change that is meant to cost registers or shared
+memory, regenerate the budget with ``python tests/triton_configurations.py --write`` and commit it.
+"""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from triton_configurations import BUDGETS, TARGETS, measured_elsewhere
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_within_their_budget(target, tmp_path):
+    budgets = json.loads(BUDGETS.read_text())[target]
+    found = measured_elsewhere(target, tmp_path)
+    assert found.keys() == budgets.keys()
+    for name, figures in found.items():
+        assert figures["spilled"] == 0, f"{name} spills {figures['spilled']} bytes"
+        for figure, limit in budgets[name].items():
+            assert figures[figure] <= limit, f"{name} takes {figures[figure]} {figure}, its budget is {limit}"

@@ -33,6 +33,8 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(LIBRARY))
         library.trifuse_emulator_set_multiprocessors.argtypes = [ctypes.c_int64]
         library.trifuse_emulator_message.restype = ctypes.c_char_p
+        library.trifuse_shared_bytes.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+        library.trifuse_shared_bytes.restype = ctypes.c_int64
         for offset, count in ((library.trifuse_sequence_offset, 6), (library.trifuse_coefficient_offset, 8)):
             offset.argtypes, offset.restype = [ctypes.c_int64] * count, ctypes.c_int64
         _keep.extend((schemas, library))

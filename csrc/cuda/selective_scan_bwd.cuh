@@ -83,8 +83,8 @@ struct Backward : BackwardSweeps<T, kStates, kConstant, kLocal> {
   }
 
   // Adds P, Q and y of the states of earlier goes, and keeps them if more follow.
-  TRIFUSE_DEVICE void complete(float& P, float& Q, float& y, int64_t step, int64_t channel, bool last) {
-    const bool first = state0 == 0;
+  TRIFUSE_DEVICE void complete(float& P, float& Q, float& y, int64_t step, int64_t channel) {
+    const bool first = state0 == 0, last = state0 + kTileStates >= p.dstate;
     const int64_t part = p.batch * p.seqlen * p.dim;
     float* sum = p.partial_sums + (block.batch * p.seqlen + step) * p.dim + channel;
     if (!first) P += sum[0], Q += sum[part], y += sum[2 * part];
@@ -111,12 +111,9 @@ struct Backward : BackwardSweeps<T, kStates, kConstant, kLocal> {
       read_staged(map, shared.raw[buffer][3], j, dy);
 #pragma unroll
       for (int i = 0; i < Map::kLength; ++i) {
-        const bool here = inside(map, block, steps, j, i);
-        element_gradients<Map>(map, j, i, step0, bias.of(i), skip.of(i), here, last, u[i], x[i], z[i], dy[i]);
-        if (here) {
-          sums[0][Map::own(0, i)] += dy[i];
-          sums[1][Map::own(0, i)] += x[i];
-        }
+        element_gradients<Map>(map, j, i, step0, bias.of(i), skip.of(i), steps, u[i], x[i], z[i], dy[i]);
+        sums[0][Map::own(0, i)] += dy[i];  // zero past the end, where everything staged is zero
+        sums[1][Map::own(0, i)] += x[i];
       }
       if (!last) continue;
       write_vector(map, p.du, block, steps, j, du, u);
@@ -132,14 +129,16 @@ struct Backward : BackwardSweeps<T, kStates, kConstant, kLocal> {
 
   // Of one element: u, delta, z and dout become du, ddelta, dz and what dD sums.
   template <class Map>
-  TRIFUSE_DEVICE void element_gradients(const Map& map, int j, int i, int64_t step0, float bias, float skip, bool here,
-                                        bool last, float& u, float& x, float& z, float& dy) {
+  TRIFUSE_DEVICE void element_gradients(const Map& map, int j, int i, int64_t step0, float bias, float skip, int steps,
+                                        float& u, float& x, float& z, float& dy) {
     const int step = map.step(j) + (Map::kAlongTime ? i : 0);
     const int channel = map.channel(j) + (Map::kAlongTime ? 0 : i);
     const float* pair = shared.tile + pair_slot(step, channel / 2) + channel % 2 * 2;
     const float2 sums = *reinterpret_cast<const float2*>(pair);
     float y = sums.x, P = sums.y, Q = shared.dy[dy_slot(step, channel)];
-    if (p.partial_sums != nullptr && here) complete(P, Q, y, step0 + step, block.channel0 + channel, last);
+    if (p.partial_sums != nullptr && inside(map, block, steps, j, i)) {
+      complete(P, Q, y, step0 + step, block.channel0 + channel);
+    }
     float dt = x + bias, slope = 1.0f;
     if (p.softplus) dt = softplus_and_slope(dt, slope);
     if (p.z.ptr != nullptr) {

@@ -31,6 +31,11 @@ Error launch_fwd_kernel(const FwdArgs& p, Stream stream) {
                 sizeof(FwdShared<T, kStates>), stream, p);
 }
 
+// Two blocks to a multiprocessor of 228 KB, a KB of each being the system's.
+static_assert(2 * (sizeof(BwdShared<float, 4>) + 1024) <= 228 * 1024 &&
+                  2 * (sizeof(BwdShared<bf16, 4>) + 1024) <= 228 * 1024,
+              "the backward kernel's shared memory leaves room for one block only");
+
 template <typename T, int kStates, bool kConstant>
 Error launch_bwd_kernel(const BwdArgs& p, Stream stream) {
   const auto kernel =

@@ -1,5 +1,5 @@
 // What the tests ask of the emulator besides running the ops.
-#include "../cuda/selective_scan_common.cuh"
+#include "../cuda/selective_scan_launch.cuh"
 
 using trifuse::cuda::Coefficient;
 using trifuse::cuda::Sequence;
@@ -28,6 +28,20 @@ EXPORT int64_t trifuse_coefficient_offset(int64_t batch_stride, int64_t group_st
   c.state = state_stride;
   c.step = step_stride;
   return trifuse::cuda::coefficient_offset(c, batch, group, state, step);
+}
+
+// Bytes of shared memory of a block, by kernel, sequence dtype and states per lane; -1 if there is none such.
+EXPORT int64_t trifuse_shared_bytes(int backward, const char* dtype, int states) {
+  using namespace trifuse::cuda;
+  using trifuse::bf16;
+  const bool narrow = __builtin_strcmp(dtype, "float32") != 0;
+  if (states != 1 && states != 4) return -1;
+  if (backward) {
+    if (narrow) return states == 1 ? sizeof(BwdShared<bf16, 1>) : sizeof(BwdShared<bf16, 4>);
+    return states == 1 ? sizeof(BwdShared<float, 1>) : sizeof(BwdShared<float, 4>);
+  }
+  if (narrow) return states == 1 ? sizeof(FwdShared<bf16, 1>) : sizeof(FwdShared<bf16, 4>);
+  return states == 1 ? sizeof(FwdShared<float, 1>) : sizeof(FwdShared<float, 4>);
 }
 
 namespace {

@@ -1,0 +1,84 @@
+"""Offsets are 64-bit: strides that lead beyond 2^31 elements, without the memory between them.
+
+The tensors are views of one reserved, never committed mapping; only the pages their elements lie on
+come to exist. A 32-bit offset would read another page, which is zero, or fall outside the mapping.
+"""
+
+import mmap
+
+import pytest
+import torch
+from emulated_cuda import load, make, run_emulated
+
+library = load()
+BIG = 2**31
+MAP_NORESERVE = 0x4000
+
+
+@pytest.fixture(scope="module")
+def reserved():
+    """2^35 bytes of address space, as float32."""
+    try:
+        mapping = mmap.mmap(-1, 2**36, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError as error:
+        pytest.skip(f"this machine does not reserve 64 GiB of address space: {error}")
+    return torch.frombuffer(mapping, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("batch, channel, step", [(1, 0, 0), (0, 3, 0), (0, 0, 5), (70000, 3, 5), (3, 40000, 90000)])
+def test_sequence_offsets_are_exact(batch, channel, step):
+    strides = (BIG + 1, BIG + 3, -BIG - 5)
+    expected = batch * strides[0] + channel * strides[1] + step * strides[2]
+    assert library.trifuse_sequence_offset(*strides, batch, channel, step) == expected
+
+
+def test_offsets_of_a_long_sequence_with_small_strides():
+    batch, channel, step, dim, seqlen = 3, 8191, 10**6 - 1, 8192, 10**6
+    offset = library.trifuse_sequence_offset(dim * seqlen, seqlen, 1, batch, channel, step)
+    assert offset == (batch * dim + channel) * seqlen + step > 2**34
+
+
+def test_coefficient_offsets_are_exact():
+    strides = (BIG + 1, BIG + 3, BIG + 7, -BIG - 9)
+    at = (5, 7, 63, 10**6)
+    expected = sum(s * i for s, i in zip(strides, at, strict=True))
+    assert library.trifuse_coefficient_offset(*strides, *at) == expected
+
+
+def spread(reserved, tensor, strides, start):
+    """The tensor's values in a view of the reserved mapping with these strides."""
+    view = reserved.as_strided(tensor.shape, strides, start)
+    view.copy_(tensor)
+    assert sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) > BIG
+    return view
+
+
+@pytest.mark.parametrize("far", [0, 1, 2])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_reads_beyond_two_to_the_31(reserved, far, reverse):
+    tensors = {k: v.float() for k, v in make(dim=3, seqlen=3, dstate=2, batch=2).items()}
+    near = run_emulated(tensors, torch.float32, delta_softplus=True, reverse=reverse)
+    for start, name in enumerate(("u", "delta", "z")):
+        strides = [100, 10, 50000]
+        strides[far] = BIG + 64
+        tensors[name] = spread(reserved, tensors[name], strides, start)
+    for start, name in enumerate(("B", "C"), 3):
+        strides = [2000, 7, 500, 50000]
+        strides[(0, 2, 3)[far]] = BIG + 64
+        tensors[name] = spread(reserved, tensors[name], strides, start)
+    distant = run_emulated(tensors, torch.float32, delta_softplus=True, reverse=reverse)
+    for name, value in near.items():
+        assert torch.equal(value, distant[name]), name
+
+
+def test_state_update_beyond_two_to_the_31(reserved):
+    g = torch.Generator().manual_seed(0)
+    state = torch.randn(3, 2, 5, 4, generator=g)
+    args = [torch.randn(3, 2, 5, generator=g) for _ in range(2)]
+    args += [-torch.rand(2, 5, 4, generator=g), *(torch.randn(3, 1, 4, generator=g) for _ in range(2))]
+    distant = spread(reserved, state, (2 * BIG, 16, 50000, 1), 0)
+    rest = (None, None, None, True, None)
+    out = torch.ops.trifuse_emulated.selective_state_update(state, *args, *rest)
+    distant_out = torch.ops.trifuse_emulated.selective_state_update(distant, *args, *rest)
+    assert torch.equal(out, distant_out)
+    assert torch.equal(state, distant)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import trifuse
 from trifuse.nn import InferenceParams, Mamba
 
-BATCH, LENGTH = 8, 256
+BATCH, LENGTH = 16, 128
 LARGEST_TEXT = 4 << 20
 AGREEMENT = 1e-3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,7 +156,7 @@ def fastest_backend() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="steps with the fastest backend (default: %(default)s)")
-    parser.add_argument("--reference-steps", type=int, default=4, help="steps with both (default: %(default)s)")
+    parser.add_argument("--reference-steps", type=int, default=3, help="steps with both (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--quick", action="store_true", help="20 steps, 2 with both")

@@ -10,16 +10,18 @@ import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from triton_configurations import BUDGETS, TARGETS, measured_elsewhere
+from triton_configurations import BUDGETS, TARGETS, measured_elsewhere, series
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_within_their_budget(target, tmp_path):
-    budgets = json.loads(BUDGETS.read_text())[target]
+    budgets = json.loads(BUDGETS.read_text())
     found = measured_elsewhere(target, tmp_path)
-    assert found.keys() == budgets.keys()
+    assert found.keys() == budgets[target].keys()
+    if series() != budgets["triton"]:
+        pytest.skip(f"compiled; the budget was measured with triton {budgets['triton']}, and this is {series()}")
     for name, figures in found.items():
         assert figures["spilled"] == 0, f"{name} spills {figures['spilled']} bytes"
-        for figure, limit in budgets[name].items():
+        for figure, limit in budgets[target][name].items():
             assert figures[figure] <= limit, f"{name} takes {figures[figure]} {figure}, its budget is {limit}"

@@ -197,6 +197,13 @@ def budget(figures, old):
     }
 
 
+def series():
+    """The triton a budget holds for: another one's compiler allocates otherwise."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
 def write(keep):
     old = json.loads(BUDGETS.read_text()) if keep and BUDGETS.exists() else {}
     budgets = {}
@@ -208,7 +215,8 @@ def write(keep):
             spilled = {name: figures["spilled"] for name, figures in found.items() if figures["spilled"]}
             print(target, len(found), "kernels", f"SPILLED: {spilled}" if spilled else "no spills")
     BUDGETS.parent.mkdir(exist_ok=True)
-    lines = [
+    lines = [f'  "triton": {json.dumps(series())}']
+    lines += [
         f"  {json.dumps(target)}: {{\n"
         + ",\n".join(f"    {json.dumps(name)}: {json.dumps(limit)}" for name, limit in kernels.items())
         + "\n  }"

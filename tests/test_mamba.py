@@ -222,6 +222,15 @@ def test_a_wrapped_submodule_is_honoured(name, call):
         assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, key
 
 
+@pytest.mark.parametrize("name", ["A_log", "D", "dt_proj.bias", "conv1d.bias", "x_proj.weight", "in_proj.weight"])
+def test_any_one_parameter_can_be_trained_through_a_step(name):
+    layer = make().requires_grad_(False)
+    parameter = layer.get_parameter(name).requires_grad_()
+    states = [torch.ones_like(state) for state in layer.allocate_inference_cache(1)]
+    layer.step(torch.randn(1, 1, 16, dtype=torch.float64), *states)[0].square().sum().backward()
+    assert parameter.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("name", SUBMODULES)
 def test_hooks_and_replaced_forwards_of_submodules_run(name):
     layer, x = make(), torch.randn(1, 3, 16, dtype=torch.float64)

@@ -272,12 +272,12 @@ class Mamba(nn.Module):
             dt, dt_bias = self.dt_proj(dt).to(x.dtype), None
         A, D = -torch.exp(self.A_log.to(wide)), self.D.to(wide)
 
-        tensors = (x, dt, A, B, C, D, z)
+        tensors = (x, dt, A, B, C, D, z, dt_bias)
         if state is not None and x.shape[1] == 1 and not _needs_grad(*tensors):
             x, dt, B, C, z = (sequence.squeeze(1) for sequence in (x, dt, B, C, z))
             return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True).unsqueeze(1)
         out, last_state = selective_scan(
-            *tensors, dt_bias, delta_softplus=True, return_last_state=True,
+            *tensors, delta_softplus=True, return_last_state=True,
             initial_state=None if state is None else state.to(wide, copy=True), cu_seqlens=cu_seqlens, layout="bld",
         )  # fmt: skip
         if state is not None:
@@ -291,8 +291,8 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _depthwise(padded: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:

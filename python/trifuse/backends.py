@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -105,7 +105,7 @@ class Op:
         order: backend names to try, per device type.
     """
 
-    registry: dict[str, Op] = {}
+    registry: ClassVar[dict[str, Op]] = {}
 
     def __init__(self, name: str, prepare: Callable[..., Any], order: dict[str, tuple[str, ...]]):
         self.name = name

@@ -10,6 +10,7 @@ namespace {
 // Adjoint of StateLoop. `carry` is the gradient of the state behind the step at hand.
 template <class T>
 struct AdjointLoop : StateLoop<T> {
+  const Ahead<7>* beside;  // what to ask the cache for meanwhile
   const T* gy;   // [t][lane], gradient of y
   T* gdtu;       // [t][lane], accumulated: gradient of dt * u
   T* gdt;        // [t][lane], accumulated: gradient of dt through the decay
@@ -24,26 +25,33 @@ struct AdjointLoop : StateLoop<T> {
 template <class T, int kStates, bool kVariableB, bool kVariableC, bool kOutput>
 TRIFUSE_INLINE void recompute_states(const AdjointLoop<T>& a, int64_t n0) {
   constexpr int64_t lanes = kLanes<T>;
+  const int64_t count = a.tile.count, forward = a.tile.reverse ? -1 : 1;
+  const int64_t next_B = kVariableB ? a.dstate : 0, next_C = kVariableC ? a.dstate : 0;
+  const T *rates = a.rates + n0 * lanes, *dt_rows = a.dt, *dtu_rows = a.dtu;
+  const T *B = coefficients_from<T, kVariableB>(a.B, n0), *C = coefficients_from<T, kVariableC>(a.C, n0);
+  T *y_rows = a.y, *decays = a.decays, *states = a.states;
   Vec<T> h[kStates];
-  const T* rates = a.rates + n0 * lanes;
 #pragma GCC unroll 16
   for (int i = 0; i < kStates; ++i) {
     h[i] = load<T>(a.h + (n0 + i) * lanes);
-    store<T>(a.states + i * lanes, h[i]);
+    store<T>(states + i * lanes, h[i]);
   }
-  for (int64_t s = 0; s < a.tile.count; ++s) {
-    const int64_t t = a.tile.row(s);
-    const Vec<T> dt = load<T>(a.dt + t * lanes), dtu = load<T>(a.dtu + t * lanes);
-    Vec<T> y = kOutput ? load<T>(a.y + t * lanes) : dt;
+  Ahead<7> ahead = *a.beside;
+  for (int64_t s = 0, t = a.tile.row(0); s < count; ++s, t += forward) {
+    ahead.step();
+    const Vec<T> dt = load<T>(dt_rows + t * lanes), dtu = load<T>(dtu_rows + t * lanes);
+    const T *b = B + t * next_B, *c = C + t * next_C;
+    T *decay_row = decays + s * kStates * lanes, *state_row = states + (s + 1) * kStates * lanes;
+    Vec<T> y = kOutput ? load<T>(y_rows + t * lanes) : dt;
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) {
       const Vec<T> decay = exp2_product<T>(dt, load<T>(rates + i * lanes));
-      h[i] = decay * h[i] + dtu * coefficient<T, kVariableB>(a.B, t, a.dstate, n0 + i);
-      if constexpr (kOutput) y += coefficient<T, kVariableC>(a.C, t, a.dstate, n0 + i) * h[i];
-      store<T>(a.decays + (s * kStates + i) * lanes, decay);
-      store<T>(a.states + ((s + 1) * kStates + i) * lanes, h[i]);
+      h[i] = decay * h[i] + dtu * coefficient<T, kVariableB>(b, i);
+      if constexpr (kOutput) y += coefficient<T, kVariableC>(c, i) * h[i];
+      store<T>(decay_row + i * lanes, decay);
+      store<T>(state_row + i * lanes, h[i]);
     }
-    if constexpr (kOutput) store<T>(a.y + t * lanes, y);
+    if constexpr (kOutput) store<T>(y_rows + t * lanes, y);
   }
 }
 
@@ -56,51 +64,56 @@ template <class T, int kStates, bool kVariableB, bool kVariableC, bool kOutput>
 void adjoint_states(const AdjointLoop<T>& a, int64_t n0) {
   constexpr int64_t lanes = kLanes<T>;
   recompute_states<T, kStates, kVariableB, kVariableC, kOutput>(a, n0);
+  const int64_t count = a.tile.count, forward = a.tile.reverse ? -1 : 1;
+  const int64_t next_B = kVariableB ? a.dstate : 0, next_C = kVariableC ? a.dstate : 0;
+  const T *rates = a.rates + n0 * lanes, *dt_rows = a.dt, *dtu_rows = a.dtu, *gy_rows = a.gy;
+  const T *B = coefficients_from<T, kVariableB>(a.B, n0), *C = coefficients_from<T, kVariableC>(a.C, n0);
+  const T *decays = a.decays, *states = a.states;
+  T *gdtu_rows = a.gdtu, *gdt_rows = a.gdt, *gB_rows = a.gB + n0 * lanes, *gC_rows = a.gC + n0 * lanes;
   // Sums over time start at zero in every tile and are added to the total at its end: sums of sums
   // round less than one long sum.
   Vec<T> carry[kStates], gA[kStates], gB[kStates], gC[kStates];
-  const T* rates = a.rates + n0 * lanes;
 #pragma GCC unroll 16
   for (int i = 0; i < kStates; ++i) {
     carry[i] = load<T>(a.carry + (n0 + i) * lanes);
     gA[i] = gB[i] = gC[i] = splat(T(0));
   }
-  for (int64_t s = a.tile.count; s-- > 0;) {
-    const int64_t t = a.tile.row(s);
-    const Vec<T> gy = load<T>(a.gy + t * lanes), dt = load<T>(a.dt + t * lanes), dtu = load<T>(a.dtu + t * lanes);
-    Vec<T> gdtu = load<T>(a.gdtu + t * lanes), gdt = load<T>(a.gdt + t * lanes);
-    const T* before = a.states + s * kStates * lanes;
-    const T* decay = a.decays + s * kStates * lanes;
+  for (int64_t s = count - 1, t = a.tile.row(count - 1); s >= 0; --s, t -= forward) {
+    const Vec<T> gy = load<T>(gy_rows + t * lanes), dt = load<T>(dt_rows + t * lanes),
+                 dtu = load<T>(dtu_rows + t * lanes);
+    const T *b = B + t * next_B, *c = C + t * next_C;
+    const T *decay = decays + s * kStates * lanes, *before = states + s * kStates * lanes;
+    T *gB_row = gB_rows + t * next_B * lanes, *gC_row = gC_rows + t * next_C * lanes;
+    Vec<T> gdtu = load<T>(gdtu_rows + t * lanes), gdt = load<T>(gdt_rows + t * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) {
-      const int64_t n = n0 + i;
-      const Vec<T> g = carry[i] + gy * coefficient<T, kVariableC>(a.C, t, a.dstate, n);
       const Vec<T> after = load<T>(before + (kStates + i) * lanes);
+      const Vec<T> g = carry[i] + gy * coefficient<T, kVariableC>(c, i);
       if constexpr (kVariableC) {
-        accumulate<T>(a.gC + (t * a.dstate + n) * lanes, gy * after);
+        accumulate<T>(gC_row + i * lanes, gy * after);
       } else {
         gC[i] += gy * after;
       }
       if constexpr (kVariableB) {
-        accumulate<T>(a.gB + (t * a.dstate + n) * lanes, g * dtu);
+        accumulate<T>(gB_row + i * lanes, g * dtu);
       } else {
         gB[i] += g * dtu;
       }
-      gdtu += g * coefficient<T, kVariableB>(a.B, t, a.dstate, n);
+      gdtu += g * coefficient<T, kVariableB>(b, i);
       carry[i] = load<T>(decay + i * lanes) * g;
       const Vec<T> q = carry[i] * load<T>(before + i * lanes);
       gdt += q * load<T>(rates + i * lanes);
       gA[i] += q * dt;
     }
-    store<T>(a.gdtu + t * lanes, gdtu);
-    store<T>(a.gdt + t * lanes, gdt);
+    store<T>(gdtu_rows + t * lanes, gdtu);
+    store<T>(gdt_rows + t * lanes, gdt);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kStates; ++i) {
     store<T>(a.carry + (n0 + i) * lanes, carry[i]);
     accumulate<T>(a.gA + (n0 + i) * lanes, gA[i]);
-    if constexpr (!kVariableB) accumulate<T>(a.gB + (n0 + i) * lanes, gB[i]);
-    if constexpr (!kVariableC) accumulate<T>(a.gC + (n0 + i) * lanes, gC[i]);
+    if constexpr (!kVariableB) accumulate<T>(gB_rows + i * lanes, gB[i]);
+    if constexpr (!kVariableC) accumulate<T>(gC_rows + i * lanes, gC[i]);
   }
 }
 
@@ -233,6 +246,8 @@ class BackwardTask {
       : p_(p), partials_(partials), b_(b), begin_(begin), end_(end), share_(share),
         count_(p.dstate * (p.complex ? 2 : 1)), blocks_(block_count(p, begin, end, kL)), scratch_(bytes()),
         B_(p, p.B, b, scratch_.take<T>(kMaxTile * count_)), C_(p, p.C, b, scratch_.take<T>(kMaxTile * count_)) {
+    block_ = scratch_.take<Block>(blocks_);
+    for (int64_t i = 0, c = begin; i < blocks_; c += block_[i++].width) block_[i] = block_at(p, c, end, kL);
     for (T** planes : {&rates_, &carry_, &gA_, &constants_[0], &constants_[1], &gconstants_[0], &gconstants_[1]}) {
       *planes = scratch_.take<T>(blocks_ * count_ * kL);
     }
@@ -270,7 +285,8 @@ class BackwardTask {
       if (to == seq.last_step) restart(seq);
       for (int64_t end = to; end > from;) {
         const int64_t start = most(from, (end - 1) / p_.chunk_size * p_.chunk_size);
-        run_tile<kGradients>(tile_at(p_, start, end), seq);
+        const int64_t before = most(from, start - p_.chunk_size);
+        run_tile<kGradients>(tile_at(p_, start, end), span_at(p_, before, start), seq);
         end = start;
       }
       if (from == seq.first_step) finish_sequence<kGradients>(seq);
@@ -313,18 +329,14 @@ class BackwardTask {
     const int64_t per_block = 7 * count_ + 4, rows = 11 * kMaxTile + count_;
     const int64_t loop = (2 * kMaxTile + 1) * kAdjointStatesAtOnce<T> * 2;
     return int64_t(sizeof(T)) * (2 * kMaxTile * count_ + kL * (blocks_ * per_block + rows + loop) +
-                                 2 * kMaxTile * count_ * kL) + 4096;
+                                 2 * kMaxTile * count_ * kL) +
+           blocks_ * int64_t(sizeof(Block)) + 4096;
   }
   T* planes(T* base, int64_t i) const { return base + i * count_ * kL; }
 
   template <class Visit>
   void each_block(Visit&& visit) {
-    int64_t i = 0;
-    for (int64_t c = begin_; c < end_; ++i) {
-      const Block block = block_at(p_, c, end_, kL);
-      visit(i, block);
-      c += block.width;
-    }
+    for (int64_t i = 0; i < blocks_; ++i) visit(i, block_[i]);
   }
 
   void restart(const Sequence& seq) {
@@ -341,9 +353,10 @@ class BackwardTask {
   }
 
   template <bool kGradients>
-  void run_tile(const Tile& tile, const Sequence& seq) {
+  void run_tile(const Tile& tile, const Tile& next, const Sequence& seq) {
     int64_t groups[2] = {-1, -1};
     each_block([&](int64_t i, Block block) {
+      look_ahead(i, tile, next);
       prepare<kGradients>(tile, block, i);
       AdjointLoop<T> loop;
       loop.tile = tile;
@@ -352,9 +365,11 @@ class BackwardTask {
       loop.dtu = dtu_;
       loop.y = y_;
       loop.rates = planes(rates_, i);
-      loop.B = B_.get(block, tile, planes(constants_[0], i));
-      loop.C = C_.get(block, tile, planes(constants_[1], i));
+      loop.B = B_.get(block, tile, tile, planes(constants_[0], i));
+      loop.C = C_.get(block, tile, tile, planes(constants_[1], i));
       loop.h = h_;
+      loop.ahead = nullptr;
+      loop.beside = &ahead_;
       loop.gy = gy_;
       loop.gdtu = gdtu_;
       loop.gdt = gdt_;
@@ -385,6 +400,15 @@ class BackwardTask {
     if constexpr (kGradients) {
       store_group(p_.B, 0, groups[0], tile);
       store_group(p_.C, 1, groups[1], tile);
+    }
+  }
+
+  void look_ahead(int64_t i, const Tile& tile, const Tile& next) {
+    const SeqView* views[] = {&p_.u, &p_.delta, &p_.dout, &p_.z, &p_.du, &p_.ddelta, &p_.dz};
+    ahead_.clear();
+    for (int j = 0; j < 7; ++j) {
+      ahead_.template aim_at_rows<S>(j, *views[j], b_, begin_, end_, next, i, blocks_);
+      if (i + 1 < blocks_) ahead_.template aim_at_tile<S>(j, *views[j], b_, block_[i + 1], tile);
     }
   }
 
@@ -482,8 +506,7 @@ class BackwardTask {
           const Complex<T> g = {carry.re + two * gy * c.re, carry.im - two * gy * c.im};
           store_complex<T>(a.carry + 2 * n * kL, conj_times<T>(decay, g));
         } else {
-          const Vec<T> c = p_.C.variable ? coefficient<T, true>(a.C, t, p_.dstate, n)
-                                         : coefficient<T, false>(a.C, t, p_.dstate, n);
+          const Vec<T> c = p_.C.variable ? coefficient<T, true>(a.C + t * p_.dstate, n) : coefficient<T, false>(a.C, n);
           const Vec<T> g = load<T>(a.carry + n * kL) + gy * c;
           store<T>(a.carry + n * kL, exp2_product<T>(dt, load<T>(a.rates + n * kL)) * g);
         }
@@ -495,11 +518,13 @@ class BackwardTask {
   const Partials<T>& partials_;
   const int64_t b_, begin_, end_, share_, count_, blocks_;
   Scratch scratch_;
-  CoefficientTile<T, S> B_, C_;
+  CoefficientSpan<T, S> B_, C_;
   T *rates_, *carry_, *gA_, *constants_[2], *gconstants_[2], *gD_, *gbias_;
   double* elapsed_;
+  Block* block_;
   T *u_, *step_, *dt_, *dtu_, *y_, *slope_, *gy_, *gdtu_, *gdt_, *z_, *dout_, *h_, *decays_, *states_, *gvariable_[2];
   bool restarted_ = false;
+  Ahead<7> ahead_;
 };
 
 // sum over rows of partial[row][i], always in the same order.

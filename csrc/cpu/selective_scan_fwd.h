@@ -19,32 +19,45 @@ struct StateLoop {
   const T* B;      // [t][n], or [n][lane]
   const T* C;
   T* h;            // [n][lane], in and out
+  const Ahead<4>* ahead;  // what to ask the cache for meanwhile
 };
 
+// The i-th of the coefficients from `values` on: one number for all lanes, or one for each.
 template <class T, bool kVariable>
-TRIFUSE_INLINE Vec<T> coefficient(const T* values, int64_t row, int64_t dstate, int64_t n) {
-  return kVariable ? splat(values[row * dstate + n]) : load<T>(values + n * kLanes<T>);
+TRIFUSE_INLINE Vec<T> coefficient(const T* values, int64_t i) {
+  return kVariable ? splat(values[i]) : load<T>(values + i * kLanes<T>);
+}
+// Where the coefficients of states n0.. begin, and how far the next row of time is.
+template <class T, bool kVariable>
+TRIFUSE_INLINE const T* coefficients_from(const T* values, int64_t n0) {
+  return values + n0 * (kVariable ? 1 : kLanes<T>);
 }
 
 // States n0 .. n0 + kStates in registers, through all steps of a tile.
 template <class T, int kStates, bool kVariableB, bool kVariableC, bool kOutput>
 void scan_states(const StateLoop<T>& a, int64_t n0) {
   constexpr int64_t lanes = kLanes<T>;
+  const int64_t count = a.tile.count, forward = a.tile.reverse ? -1 : 1;
+  const int64_t next_B = kVariableB ? a.dstate : 0, next_C = kVariableC ? a.dstate : 0;
+  const T *rates = a.rates + n0 * lanes, *dt_rows = a.dt, *dtu_rows = a.dtu;
+  const T *B = coefficients_from<T, kVariableB>(a.B, n0), *C = kOutput ? coefficients_from<T, kVariableC>(a.C, n0) : nullptr;
+  T* y_rows = a.y;
   Vec<T> h[kStates];
 #pragma GCC unroll 16
   for (int i = 0; i < kStates; ++i) h[i] = load<T>(a.h + (n0 + i) * lanes);
-  const T* rates = a.rates + n0 * lanes;
-  for (int64_t s = 0; s < a.tile.count; ++s) {
-    const int64_t t = a.tile.row(s);
-    const Vec<T> dt = load<T>(a.dt + t * lanes), dtu = load<T>(a.dtu + t * lanes);
-    Vec<T> y[2] = {kOutput ? load<T>(a.y + t * lanes) : dt, splat(T(0))};
+  Ahead<4> ahead = *a.ahead;
+  for (int64_t s = 0, t = a.tile.row(0); s < count; ++s, t += forward) {
+    ahead.step();
+    const Vec<T> dt = load<T>(dt_rows + t * lanes), dtu = load<T>(dtu_rows + t * lanes);
+    const T *b = B + t * next_B, *c = C + t * next_C;
+    Vec<T> y[2] = {kOutput ? load<T>(y_rows + t * lanes) : dt, splat(T(0))};
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) {
       const Vec<T> decay = exp2_product<T>(dt, load<T>(rates + i * lanes));
-      h[i] = decay * h[i] + dtu * coefficient<T, kVariableB>(a.B, t, a.dstate, n0 + i);
-      if constexpr (kOutput) y[i & 1] += coefficient<T, kVariableC>(a.C, t, a.dstate, n0 + i) * h[i];
+      h[i] = decay * h[i] + dtu * coefficient<T, kVariableB>(b, i);
+      if constexpr (kOutput) y[i & 1] += coefficient<T, kVariableC>(c, i) * h[i];
     }
-    if constexpr (kOutput) store<T>(a.y + t * lanes, y[0] + y[1]);
+    if constexpr (kOutput) store<T>(y_rows + t * lanes, y[0] + y[1]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kStates; ++i) store<T>(a.h + (n0 + i) * lanes, h[i]);
@@ -123,20 +136,21 @@ void scan_tile(const StateLoop<T>& a, const SelectiveScanParams& p) {
   return scan_all_states<T, false, false, kOutput>(a, p.complex);
 }
 
-// A variable coefficient's tile, reloaded when the channel blocks move to another group.
+// A variable coefficient over a span of time as [t][n], reloaded when the span or the group changes.
 template <class T, class S>
-class CoefficientTile {
+class CoefficientSpan {
  public:
-  CoefficientTile(const SelectiveScanParams& p, const CoefView& view, int64_t b, T* values)
+  CoefficientSpan(const SelectiveScanParams& p, const CoefView& view, int64_t b, T* values)
       : p_(p), view_(view), b_(b), values_(values) {}
-  const T* get(Block block, const Tile& tile, const T* constant) {
+  // The rows of a tile of the span; for a constant coefficient, the block's own values.
+  const T* get(Block block, const Tile& span, const Tile& tile, const T* constant) {
     if (!view_.variable) return constant;
-    const int64_t group = group_of(view_, p_.dim, block.first);
-    if (group != group_ || tile.step != step_) {
-      load_coefficient<T, S>(p_, view_, b_, group_ = group, tile, values_);
-      step_ = tile.step;
+    const int64_t group = view_.groups == 1 ? 0 : group_of(view_, p_.dim, block.first);
+    if (group != group_ || span.step != step_) {
+      load_coefficient<T, S>(p_, view_, b_, group_ = group, span, values_);
+      step_ = span.step;
     }
-    return values_;
+    return values_ + (tile.position - span.position) * p_.dstate * (p_.complex ? 2 : 1);
   }
 
  private:
@@ -156,8 +170,10 @@ class ForwardTask {
  public:
   ForwardTask(const SelectiveScanParams& p, int64_t b, int64_t begin, int64_t end)
       : p_(p), b_(b), begin_(begin), end_(end), count_(p.dstate * (p.complex ? 2 : 1)),
-        blocks_(block_count(p, begin, end, kL)), scratch_(bytes()), B_(p, p.B, b, scratch_.take<T>(kMaxTile * count_)),
-        C_(p, p.C, b, scratch_.take<T>(kMaxTile * count_)) {
+        blocks_(block_count(p, begin, end, kL)), span_(span_steps(p)), scratch_(bytes()),
+        B_(p, p.B, b, scratch_.take<T>(span_ * count_)), C_(p, p.C, b, scratch_.take<T>(span_ * count_)) {
+    block_ = scratch_.take<Block>(blocks_);
+    for (int64_t i = 0, c = begin; i < blocks_; c += block_[i++].width) block_[i] = block_at(p, c, end, kL);
     h_ = scratch_.take<T>(blocks_ * count_ * kL);
     rates_ = scratch_.take<T>(blocks_ * count_ * kL);
     constants_ = scratch_.take<T>(2 * blocks_ * count_ * kL);
@@ -184,9 +200,10 @@ class ForwardTask {
       if (from >= to) continue;
       if (from == seq.first_step) restart(seq);
       for (int64_t step = from; step < to;) {
-        const Tile tile = tile_at(p_, step, to);
-        run_tile<kOutput>(tile);
-        step += tile.count;
+        const int64_t end = least(to, (step / span_ + 1) * span_);
+        const Tile span = span_at(p_, step, end), next = span_at(p_, end, least(to, end + span_));
+        each_block([&](int64_t i, Block block) { run_span<kOutput>(span, next, block, i); });
+        step = end;
       }
       if (kOutput && to == seq.last_step) {
         each_block([&](int64_t i, Block block) { store_state<T>(p_, p_.last_state, seq.index, block, h(i)); });
@@ -210,19 +227,15 @@ class ForwardTask {
 
  private:
   int64_t bytes() const {
-    return int64_t(sizeof(T)) * (2 * kMaxTile * count_ + blocks_ * kL * (4 * count_ + 2) + 4 * kMaxTile * kL) + 1024;
+    return int64_t(sizeof(T)) * (2 * span_ * count_ + blocks_ * kL * (4 * count_ + 2) + 4 * kMaxTile * kL) +
+           blocks_ * int64_t(sizeof(Block)) + 2048;
   }
   T* h(int64_t i) { return h_ + i * count_ * kL; }
   T* constant(int which, int64_t i) { return constants_ + (which * blocks_ + i) * count_ * kL; }
 
   template <class Visit>
   void each_block(Visit&& visit) {
-    int64_t i = 0;
-    for (int64_t c = begin_; c < end_; ++i) {
-      const Block block = block_at(p_, c, end_, kL);
-      visit(i, block);
-      c += block.width;
-    }
+    for (int64_t i = 0; i < blocks_; ++i) visit(i, block_[i]);
   }
 
   void restart(const Sequence& seq) {
@@ -230,60 +243,122 @@ class ForwardTask {
     each_block([&](int64_t i, Block block) { load_state<T>(p_, p_.initial_state, seq.index, block, h(i)); });
   }
 
+  // Neighbours in memory should be used together. If they are neighbours in time, a block is taken
+  // through many tiles before the next; if they are channels, all blocks go through a tile in turn.
+  static int64_t span_steps(const SelectiveScanParams& p) {
+    const int64_t tile = tile_steps(p);
+    if (p.u.time != 1) return tile;
+    constexpr int64_t coefficients = 1 << 14;  // of B and of C each that a span may hold
+    return most(least(kMaxSpan, coefficients / most(p.dstate, 1)) / tile, 1) * tile;
+  }
+
   template <bool kOutput>
-  void run_tile(const Tile& tile) {
-    const bool save = kOutput && p_.chunk_size && tile.step % p_.chunk_size == 0;
-    T* chunk = save ? chunk_state<T>(p_, b_, tile.step / p_.chunk_size) : nullptr;
-    each_block([&](int64_t i, Block block) {
-      if (save) save_chunk_state<T>(p_, chunk, block, h(i));
-      prepare<kOutput>(tile, block, i);
-      StateLoop<T> loop{tile, p_.dstate, dt_, dtu_, y_, rates_ + i * count_ * kL,
-                        B_.get(block, tile, constant(0, i)),
-                        kOutput ? C_.get(block, tile, constant(1, i)) : nullptr, h(i)};
-      scan_tile<T, kOutput>(loop, p_);
-      if constexpr (kOutput) finish(tile, block);
-    });
+  void run_span(const Tile& span, const Tile& next, Block block, int64_t i) {
+    const int64_t last = span.step + span.count;
+    for (int64_t step = span.step; step < last;) {
+      const Tile tile = tile_at(p_, step, last);
+      step += tile.count;
+      const SeqView* views[] = {&p_.u, &p_.delta, &p_.z, &p_.out};
+      ahead_.clear();
+      for (int j = 0; j < 4; ++j) {
+        ahead_.template aim_at_rows<S>(j, *views[j], b_, begin_, end_, next, i, blocks_);
+        if (step < last) {
+          ahead_.template aim_at_tile<S>(j, *views[j], b_, block, tile_at(p_, step, last));
+        } else if (i + 1 < blocks_) {
+          ahead_.template aim_at_tile<S>(j, *views[j], b_, block_[i + 1], tile_at(p_, span.step, last));
+        }
+      }
+      run_tile<kOutput>(span, tile, block, i);
+    }
+  }
+
+  template <bool kOutput>
+  void run_tile(const Tile& span, const Tile& tile, Block block, int64_t i) {
+    if (kOutput && p_.chunk_size && tile.step % p_.chunk_size == 0) {
+      save_chunk_state<T>(p_, chunk_state<T>(p_, b_, tile.step / p_.chunk_size), block, h(i));
+    }
+    const bool direct = block.width == kL && p_.u.dim == 1 && p_.delta.dim == 1 && (!p_.z.ptr || p_.z.dim == 1) &&
+                        p_.out.dim == 1;
+    direct ? prepare<kOutput, true>(tile, block, i) : prepare<kOutput, false>(tile, block, i);
+    StateLoop<T> loop{tile, p_.dstate, dt_, dtu_, y_, rates_ + i * count_ * kL,
+                      B_.get(block, span, tile, constant(0, i)),
+                      kOutput ? C_.get(block, span, tile, constant(1, i)) : nullptr, h(i), &ahead_};
+    scan_tile<T, kOutput>(loop, p_);
+    if constexpr (kOutput) direct ? finish<true>(tile, block) : finish<false>(tile, block);
+  }
+
+  // A block's rows, read where they lie if its channels are neighbours, else from a transposed copy.
+  template <bool kDirect>
+  struct Rows {
+    const S* base;
+    int64_t stride;
+    const T* copy;
+    TRIFUSE_INLINE Vec<T> operator[](int64_t t) const {
+      return kDirect ? load_as<T, S>(base + t * stride) : load<T>(copy + t * kL);
+    }
+  };
+  template <bool kDirect>
+  Rows<kDirect> rows(const SeqView& view, const Tile& tile, Block block, T* copy) const {
+    if constexpr (kDirect) {
+      const S* base = static_cast<const S*>(view.ptr) + b_ * view.batch + block.first + tile.position * view.time;
+      return {base, view.time, nullptr};
+    } else {
+      load_tile<T, S>(view, b_, block, tile, copy);
+      return {nullptr, 0, copy};
+    }
   }
 
   // u and delta into dt, dt * u and the skip term.
-  template <bool kOutput>
+  template <bool kOutput, bool kDirect>
   void prepare(const Tile& tile, Block block, int64_t i) {
-    load_tile<T, S>(p_.u, b_, block, tile, u_);
-    load_tile<T, S>(p_.delta, b_, block, tile, dt_);
+    const Rows<kDirect> u_rows = rows<kDirect>(p_.u, tile, block, u_);
+    const Rows<kDirect> delta_rows = rows<kDirect>(p_.delta, tile, block, dt_);
     const Vec<T> bias = load_channels<T>(p_.delta_bias, block, T(0));
     const Vec<T> skip = load_channels<T>(p_.D, block, T(0));
+    const bool positive = p_.delta_softplus, complex = p_.complex;
+    T *dt_out = dt_, *dtu_out = dtu_, *y_out = y_;
     for (int64_t t = 0; t < tile.count; ++t) {
-      const Vec<T> u = load<T>(u_ + t * kL);
-      Vec<T> dt = load<T>(dt_ + t * kL) + bias;
-      if (p_.delta_softplus) dt = softplus<T, false>(dt).value;
-      store<T>(dtu_ + t * kL, dt * u);
+      const Vec<T> u = u_rows[t];
+      Vec<T> dt = delta_rows[t] + bias;
+      if (positive) dt = softplus<T, false>(dt).value;
+      store<T>(dtu_out + t * kL, dt * u);
       if constexpr (kOutput) {
-        store<T>(y_ + t * kL, p_.D ? skip * u : splat(T(0)));
+        store<T>(y_out + t * kL, p_.D ? skip * u : splat(T(0)));
       } else {
         for (int64_t j = 0; j < kL; ++j) elapsed_[i * kL + j] += double(dt[j]);
       }
-      store<T>(dt_ + t * kL, p_.complex ? dt : decay_time<T>(dt));
+      store<T>(dt_out + t * kL, complex ? dt : decay_time<T>(dt));
     }
   }
 
+  template <bool kDirect>
   void finish(const Tile& tile, Block block) {
+    T* y = y_;
+    S* out = static_cast<S*>(p_.out.ptr) + b_ * p_.out.batch + block.first * p_.out.dim + tile.position * p_.out.time;
+    const auto put = [&](int64_t t, Vec<T> value) {
+      kDirect ? store_as<T, S>(out + t * p_.out.time, value) : store<T>(y + t * kL, value);
+    };
     if (p_.z.ptr) {
-      load_tile<T, S>(p_.z, b_, block, tile, u_);
+      const Rows<kDirect> z_rows = rows<kDirect>(p_.z, tile, block, u_);
       for (int64_t t = 0; t < tile.count; ++t) {
-        const Vec<T> z = load<T>(u_ + t * kL);
-        store<T>(y_ + t * kL, load<T>(y_ + t * kL) * z * sigmoid<T>(z));
+        const Vec<T> z = z_rows[t];
+        put(t, load<T>(y + t * kL) * z * sigmoid<T>(z));
       }
+    } else if (kDirect) {
+      for (int64_t t = 0; t < tile.count; ++t) put(t, load<T>(y + t * kL));
     }
-    store_tile<T, S>(p_.out, b_, block, tile, y_);
+    if constexpr (!kDirect) store_tile<T, S>(p_.out, b_, block, tile, y);
   }
 
   const SelectiveScanParams& p_;
-  const int64_t b_, begin_, end_, count_, blocks_;
+  const int64_t b_, begin_, end_, count_, blocks_, span_;
   Scratch scratch_;
-  CoefficientTile<T, S> B_, C_;
+  CoefficientSpan<T, S> B_, C_;
   T *h_, *rates_, *constants_, *u_, *dt_, *dtu_, *y_;
   double* elapsed_;
+  Block* block_;
   bool restarted_ = false;
+  Ahead<4> ahead_;
 };
 
 // enter[k] of every segment of time, from the segments' own decay and gain: a scan over few items.

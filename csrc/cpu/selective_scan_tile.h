@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kMaxTile = 64;      // steps a tile buffer can hold, and the largest chunk_size
 constexpr int64_t kForwardTile = 32;  // steps per tile when no chunk states are asked for
+constexpr int64_t kMaxSpan = 512;     // steps that a forward task takes one block through before the next
 
 // Aligned scratch that a task carves up.
 class Scratch {
@@ -95,9 +96,15 @@ struct Tile {
   // The row of the tile's buffers that its s-th step uses: rows lie in the order of positions.
   int64_t row(int64_t s) const { return reverse ? count - 1 - s : s; }
 };
+inline int64_t tile_steps(const SelectiveScanParams& p) { return p.chunk_size ? p.chunk_size : kForwardTile; }
 inline Tile tile_at(const SelectiveScanParams& p, int64_t step, int64_t limit) {
-  const int64_t size = p.chunk_size ? p.chunk_size : kForwardTile;
+  const int64_t size = tile_steps(p);
   const int64_t end = least(limit, step - step % size + size);
+  return {step, end - step, p.reverse ? p.seqlen - end : step, p.reverse};
+}
+
+// Consecutive steps of one sequence and the consecutive positions they read.
+inline Tile span_at(const SelectiveScanParams& p, int64_t step, int64_t end) {
   return {step, end - step, p.reverse ? p.seqlen - end : step, p.reverse};
 }
 
@@ -146,6 +153,67 @@ void load_tile(const SeqView& view, int64_t b, Block block, const Tile& tile, T*
     for (int64_t i = block.width; i < lanes; ++i) rows[t * lanes + i] = 0;
   }
 }
+
+// Asks the cache, line by line beside a long computation, for what comes after it: rows of a tile lie
+// too far apart for the hardware to guess, and asking for all of them at once would stall. Every stream
+// walks the same grid of lines, `inner` of them `near` bytes apart and then a jump to the next row.
+template <int kStreams>
+class Ahead {
+ public:
+  Ahead() { clear(); }
+  void clear() {
+    inner_ = 1;
+    at_ = 0;
+    for (int i = 0; i < kStreams; ++i) {
+      next_[i] = reinterpret_cast<const char*>(this);
+      near_[i] = jump_[i] = 0;
+    }
+  }
+
+  // Time contiguous: the block's rows of a tile.
+  template <class S>
+  void aim_at_tile(int stream, const SeqView& view, int64_t b, Block block, const Tile& tile) {
+    if (!view.ptr || view.time != 1 || tile.count <= 0) return;
+    const S* first = static_cast<const S*>(view.ptr) + b * view.batch + block.first * view.dim + tile.position;
+    aim(stream, first, block.width, view.dim * int64_t(sizeof(S)), 64, 0);
+  }
+
+  // Channels contiguous: share i of `shares` of channels [begin, end) of a tile. Line after line along
+  // a row: every page is asked for once.
+  template <class S>
+  void aim_at_rows(int stream, const SeqView& view, int64_t b, int64_t begin, int64_t end, const Tile& tile, int64_t i,
+                   int64_t shares) {
+    if (!view.ptr || view.dim != 1 || tile.count <= 0) return;
+    const S* first = static_cast<const S*>(view.ptr) + b * view.batch + tile.position * view.time + begin;
+    const int64_t lines = divide_up((end - begin) * int64_t(sizeof(S)), 64);
+    aim(stream, first, lines, 64, view.time * int64_t(sizeof(S)), i * tile.count * lines / shares);
+  }
+
+  TRIFUSE_INLINE void step() {
+    const bool wrap = ++at_ >= inner_;
+#pragma GCC unroll 8
+    for (int i = 0; i < kStreams; ++i) {
+      __builtin_prefetch(next_[i], 0, 2);
+      next_[i] += near_[i];
+    }
+    if (wrap) {
+      at_ = 0;
+#pragma GCC unroll 8
+      for (int i = 0; i < kStreams; ++i) next_[i] += jump_[i];
+    }
+  }
+
+ private:
+  void aim(int stream, const void* first, int64_t inner, int64_t near, int64_t far, int64_t from) {
+    inner_ = inner;
+    at_ = from % inner;
+    next_[stream] = static_cast<const char*>(first) + from / inner * far + at_ * near;
+    near_[stream] = near;
+    jump_[stream] = far - inner * near;
+  }
+  const char* next_[kStreams];
+  int64_t near_[kStreams], jump_[kStreams], inner_, at_;
+};
 
 template <class T, class S>
 void store_tile(const SeqView& view, int64_t b, Block block, const Tile& tile, const T* rows) {

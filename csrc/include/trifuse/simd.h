@@ -104,6 +104,12 @@ TRIFUSE_INLINE Vec<T> at_most(Vec<T> x, T bound) {
   return x > b ? b : x;
 }
 
+// -|x|
+template <class T>
+TRIFUSE_INLINE Vec<T> minus_size(Vec<T> x) {
+  return (Vec<T>)((IVec<T>)x | (IVec<T>)splat(T(-0.0)));
+}
+
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2e = 1.44269504088896340736;
 
@@ -149,24 +155,38 @@ TRIFUSE_INLINE Vec<T> exp2_by_shift(Vec<T> x) {
 }
 
 #if defined(__AVX512F__)
-// exp2(scale * (rate + low)): 2^(i/16) from a table held in one register, times a cubic in the rest.
-template <bool kLow = false>
-TRIFUSE_INLINE __m512 exp2_product_avx512(__m512 scale, __m512 rate, float low = 0) {
-  const __m512 table = _mm512_setr_ps(1.0f, 1.0442737824274138f, 1.0905077326652577f, 1.1387886347566916f,
-                                      1.189207115002721f, 1.241857812073484f, 1.2968395546510096f,
-                                      1.3542555469368927f, 1.4142135623730951f, 1.476826145939499f,
-                                      1.5422108254079407f, 1.6104903319492543f, 1.681792830507429f,
-                                      1.7562521603732995f, 1.8340080864093424f, 1.9152065613971474f);
-  const __m512 magic = _mm512_set1_ps(786432.0f);  // 1.5 * 2^19: rounds to sixteenths, index in the low bits
-  const __m512 t = _mm512_fmadd_ps(scale, rate, magic);
-  const __m512 s = _mm512_sub_ps(t, magic);
-  __m512 r = _mm512_fmsub_ps(scale, rate, s);
-  if constexpr (kLow) r = _mm512_fmadd_ps(scale, _mm512_set1_ps(low), r);
-  __m512 q = _mm512_fmadd_ps(r, _mm512_set1_ps(float(kLn2 * kLn2 * kLn2 / 6)), _mm512_set1_ps(float(kLn2 * kLn2 / 2)));
-  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(float(kLn2)));
-  const __m512 step = _mm512_permutexvar_ps(_mm512_castps_si512(t), table);
-  const __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(q, r), step, step);
-  return _mm512_scalef_ps(y, s);
+// 2^(i/16) for i = 0 .. 15: one register.
+TRIFUSE_INLINE __m512 sixteenths() {
+  return _mm512_setr_ps(1.0f, 1.0442737824274138f, 1.0905077326652577f, 1.1387886347566916f, 1.189207115002721f,
+                        1.241857812073484f, 1.2968395546510096f, 1.3542555469368927f, 1.4142135623730951f,
+                        1.476826145939499f, 1.5422108254079407f, 1.6104903319492543f, 1.681792830507429f,
+                        1.7562521603732995f, 1.8340080864093424f, 1.9152065613971474f);
+}
+// Adding it rounds to sixteenths and leaves the table's index in the low bits.
+constexpr float kSixteenths = 786432.0f;  // 1.5 * 2^19
+
+// 2^(i/16 + n) times the cubic 1 + r (c1 + r (c2 + r c3)), for the t that kSixteenths was added to.
+TRIFUSE_INLINE __m512 assemble_avx512(__m512 t, __m512 s, __m512 r, float c1, float c2, float c3) {
+  __m512 q = _mm512_fmadd_ps(r, _mm512_set1_ps(c3), _mm512_set1_ps(c2));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(c1));
+  const __m512 step = _mm512_permutexvar_ps(_mm512_castps_si512(t), sixteenths());
+  return _mm512_scalef_ps(_mm512_fmadd_ps(_mm512_mul_ps(q, r), step, step), s);
+}
+
+// exp2(scale * rate): the product is exact up to the rounding of r.
+TRIFUSE_INLINE __m512 exp2_product_avx512(__m512 scale, __m512 rate) {
+  const __m512 t = _mm512_fmadd_ps(scale, rate, _mm512_set1_ps(kSixteenths));
+  const __m512 s = _mm512_sub_ps(t, _mm512_set1_ps(kSixteenths));
+  const __m512 r = _mm512_fmsub_ps(scale, rate, s);
+  return assemble_avx512(t, s, r, float(kLn2), float(kLn2 * kLn2 / 2), float(kLn2 * kLn2 * kLn2 / 6));
+}
+
+// exp(x), x in the range of normal results. ln 2 is 3e-9 away from its float: one part is enough.
+TRIFUSE_INLINE __m512 exp_avx512(__m512 x) {
+  const __m512 t = _mm512_fmadd_ps(x, _mm512_set1_ps(float(kLog2e)), _mm512_set1_ps(kSixteenths));
+  const __m512 s = _mm512_sub_ps(t, _mm512_set1_ps(kSixteenths));
+  const __m512 r = _mm512_fnmadd_ps(s, _mm512_set1_ps(float(kLn2)), x);
+  return assemble_avx512(t, s, r, 1.0f, 0.5f, float(1.0 / 6));
 }
 #endif
 
@@ -183,8 +203,7 @@ TRIFUSE_INLINE Vec<T> exp2_product(Vec<T> scale, Vec<T> rate) {
 // error that changes from step to step, as in dt * A itself, instead of a bias of every decay.
 template <class T>
 TRIFUSE_INLINE Vec<T> decay_time(Vec<T> dt) {
-  constexpr T log2e = T(kLog2e), rest = T(kLog2e - double(log2e));
-  return at_most<T>(dt * splat(log2e) + dt * splat(rest), kFactorLimit<T>);
+  return at_most<T>(dt * splat(T(kLog2e)), kFactorLimit<T>);
 }
 
 // 1 / x for 1 <= x <= 2^125.
@@ -199,15 +218,13 @@ TRIFUSE_INLINE Vec<T> reciprocal(Vec<T> x) {
   return splat(T(1)) / x;
 }
 
-// exp(x) for x cut to [-87.3, 85.9] ([-708, 85.9] in double), where it is a normal number.
+// exp(x) for x cut from below at -87.3 (-708 in double), where it is a normal number; x at most 85.9.
 template <class T>
 TRIFUSE_INLINE Vec<T> exp_bounded(Vec<T> x) {
   constexpr T log2e = T(kLog2e), rest = T(kLog2e - double(log2e));
-  const Vec<T> c = at_most<T>(at_least<T>(x, sizeof(T) == 4 ? T(-87.3) : T(-708)), T(85.9));
+  const Vec<T> c = at_least<T>(x, sizeof(T) == 4 ? T(-87.3) : T(-708));
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)exp2_product_avx512<true>((__m512)c, _mm512_set1_ps(log2e), rest);
-  }
+  if constexpr (sizeof(T) == 4) return (Vec<T>)exp_avx512((__m512)c);
 #endif
   const Vec<T> magic = splat(kMagic<T>);
   const Vec<T> t = c * splat(log2e) + magic;
@@ -217,7 +234,7 @@ TRIFUSE_INLINE Vec<T> exp_bounded(Vec<T> x) {
 
 template <class T>
 TRIFUSE_INLINE Vec<T> sigmoid(Vec<T> x) {
-  return reciprocal<T>(splat(T(1)) + exp_bounded<T>(-x));
+  return reciprocal<T>(splat(T(1)) + exp_bounded<T>(at_most<T>(-x, T(85.9))));
 }
 
 // log1p(t) for 0 <= t <= 1.
@@ -246,15 +263,15 @@ struct Softplus {
 };
 template <class T, bool kSlope>
 TRIFUSE_INLINE Softplus<T> softplus(Vec<T> x) {
-  const Vec<T> zero = splat(T(0)), one = splat(T(1)), threshold = splat(T(20));
-  const IVec<T> positive = x > zero;
-  const Vec<T> e = exp_bounded<T>(positive ? -x : x);
-  const IVec<T> large = x > threshold;
+  const Vec<T> one = splat(T(1)), threshold = splat(T(20));
+  const Vec<T> e = exp_bounded<T>(minus_size<T>(x));
   Softplus<T> y;
-  y.value = large ? x : (at_least<T>(x, T(0)) + log1p_unit<T>(e));
+  y.value = at_least<T>(x, T(0)) + log1p_unit<T>(e);
+  // In float the sum is x already: log1p(e) is below half a unit in the last place of 20.
+  if constexpr (sizeof(T) == 8) y.value = x > threshold ? x : y.value;
   if constexpr (kSlope) {
     const Vec<T> inverse = reciprocal<T>(one + e);
-    y.slope = large ? one : (positive ? inverse : e * inverse);
+    y.slope = x > threshold ? one : (x > splat(T(0)) ? inverse : e * inverse);
   }
   return y;
 }

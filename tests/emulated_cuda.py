@@ -98,7 +98,9 @@ def run_reference(tensors, dtype, last_grad=True, **options):
     wanted = {k: v for k, v in args.items() if v is not None}
     outs, grads = ([out, last], [dout, dlast]) if last_grad else ([out], [dout])
     found = torch.autograd.grad(outs, list(wanted.values()), grads, materialize_grads=True)
-    return {k: v.detach() for k, v in ({"out": out, "last_state": last} | dict(zip(wanted, found, strict=True))).items()}
+    return {
+        k: v.detach() for k, v in ({"out": out, "last_state": last} | dict(zip(wanted, found, strict=True))).items()
+    }
 
 
 def run_emulated(tensors, dtype, last_grad=True, chunk_size=None, **options):

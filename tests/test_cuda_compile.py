@@ -43,7 +43,9 @@ def compile_one(source, architecture, folder):
 
 def demangled(names):
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    short = (re.sub(r"trifuse::(cuda::)?|\(anonymous namespace\)::|^void ", "", name) for name in done.stdout.split("\n"))
+    short = (
+        re.sub(r"trifuse::(cuda::)?|\(anonymous namespace\)::|^void ", "", name) for name in done.stdout.split("\n")
+    )
     return [re.sub(r"\(.*\)$", "", name) for name in short]
 
 

@@ -70,12 +70,13 @@ TRIFUSE_DEVICE int64_t to_lowest(const Map& map, const Sequence& s) {
 
 template <class Map>
 TRIFUSE_DEVICE void in_order(const Map& map, float (&x)[Map::kLength]) {
-  if (!map.flipped) return;
+  if constexpr (Map::kAlongTime) {
 #pragma unroll
-  for (int i = 0; i < Map::kLength / 2; ++i) {
-    const float swapped = x[i];
-    x[i] = x[Map::kLength - 1 - i];
-    x[Map::kLength - 1 - i] = swapped;
+    for (int i = 0; i < Map::kLength / 2; ++i) {
+      const float swapped = x[i];
+      x[i] = map.flipped ? x[Map::kLength - 1 - i] : x[i];
+      x[Map::kLength - 1 - i] = map.flipped ? swapped : x[Map::kLength - 1 - i];
+    }
   }
 }
 

@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(256) sum_rows_kernel(const __grid_constant__ S
   const int64_t count = task.size[0] * task.size[1] * task.size[2] * task.size[3];
   for (int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; e < count; e += int64_t(gridDim.x) * blockDim.x) {
     int64_t rest = e, from = 0, to = 0;
+#pragma unroll 1
     for (int i = 3; i >= 0; --i) {
       const int64_t at = rest % task.size[i];
       rest /= task.size[i];

@@ -234,6 +234,16 @@ struct Partials {
     }
     bytes = (next - static_cast<T*>(p.workspace)) * int64_t(sizeof(T));
   }
+
+  // Where B and C have different groups, a share may hold channels of some groups only; what it adds
+  // to the others is zero.
+  void clear_groups_of_other_shares(const SelectiveScanBwdParams& p, const Partition& part) const {
+    const CoefView* views[2] = {&p.B, &p.C};
+    for (int i = 0; i < 2; ++i) {
+      if (!views[i]->variable || shares == 1 || views[i]->groups == part.groups) continue;
+      for (int64_t j = 0; j < shares * coefficient_size[i]; ++j) variable[i][j] = 0;
+    }
+  }
 };
 
 template <class T, class S>
@@ -632,6 +642,7 @@ void backward(const SelectiveScanBwdParams& p, const Threads& threads) {
   const bool nothing = p.batch == 0 || p.dim == 0 || p.seqlen == 0;
   const int64_t segments = segment_count(p, kLanes<T>, threads.count);
   const Partials<T> partials(p, part, segments);
+  partials.clear_groups_of_other_shares(p, part);
   if (!nothing) backward_tasks<T, S>(p, partials, part, segments, threads);
   const int64_t rows = nothing ? 0 : partials.weight_rows;
   sum_rows<T>(partials.A, rows, partials.numbers, static_cast<T*>(p.dA));

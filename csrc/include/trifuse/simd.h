@@ -203,7 +203,8 @@ TRIFUSE_INLINE Vec<T> exp2_product(Vec<T> scale, Vec<T> rate) {
 // error that changes from step to step, as in dt * A itself, instead of a bias of every decay.
 template <class T>
 TRIFUSE_INLINE Vec<T> decay_time(Vec<T> dt) {
-  return at_most<T>(dt * splat(T(kLog2e)), kFactorLimit<T>);
+  constexpr T log2e = T(kLog2e), rest = T(kLog2e - double(log2e));
+  return at_most<T>(dt * splat(log2e) + dt * splat(rest), kFactorLimit<T>);
 }
 
 // 1 / x for 1 <= x <= 2^125.

@@ -6,6 +6,8 @@ and can be differentiated any number of times. Every other backend is tested aga
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,13 +81,13 @@ def selective_scan(
         ys, last_state = one_sequence(slice(None), 0, seqlen, first_state(slice(None), batch))
     else:
         bounds, ys, states = cu_seqlens.tolist(), [], []
-        for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for s, (start, end) in enumerate(pairwise(bounds)):
             y, state = one_sequence(slice(None), start, end, first_state(slice(s, s + 1), 1))
             ys.extend(y)
             states.append(state)
         last_state = torch.cat(states) if states else torch.zeros(0, dim, A.shape[1], dtype=acc, device=u.device)
 
-    y = torch.stack(ys, dim=-1) if ys else torch.zeros_like(x)
+    y = torch.stack(ys, dim=-1) if ys else x.clone()  # of no steps
     if D is not None:
         y = y + D.to(real)[:, None] * x
     if z is not None:

@@ -1,0 +1,41 @@
+# make report   build, and measure this machine: which kernels are right, how fast, how near the limit
+# make test     lint and the whole test suite
+# make gpu      on a GPU machine, with its own Python and torch: build, test, sanitize, measure (OUT=folder)
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= report/gpu
+REPORT ?=
+PY := $(VENV)/bin/python
+CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
+
+.PHONY: report test venv lint suite interpreter gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+
+report:
+	PYTHON=$(PYTHON) scripts/setup_venv.sh $(VENV) report rivals
+	$(PY) -m trifuse report $(REPORT)
+
+test: venv lint suite interpreter
+
+venv:
+	PYTHON=$(PYTHON) scripts/setup_venv.sh $(VENV) test report
+
+lint:
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+suite:
+	$(PY) -m pytest --durations=10
+
+# Triton's interpreter has to be chosen before triton is imported: a process of its own.
+interpreter:
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_interpreter.py
+
+gpu:
+	OUT=$(OUT) PYTHON=$(PYTHON) scripts/gpu.sh
+gpu-build gpu-test gpu-sanitize gpu-bench: gpu-%:
+	OUT=$(OUT) PYTHON=$(PYTHON) scripts/gpu.sh $*
+
+clean:
+	rm -rf $(VENV) build report python/trifuse/lib python/trifuse/_native*.so python/*.egg-info

@@ -42,7 +42,10 @@ class CMakeBuild(build_ext):
         if self.editable_mode:
             self.inplace = True
         package = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
-        build = Path(self.build_temp).resolve() / "cmake"
+        # An editable installation is built again and again: its folder is kept, and only changes are compiled.
+        build = (
+            ROOT.resolve() / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve() / "cmake"
+        )
         build.mkdir(parents=True, exist_ok=True)
         version, torch = torch_facts()
         configure = [
@@ -78,5 +81,5 @@ setup(
         "trifuse.triton_kernels",
     ],
     package_dir={"": "python", "trifuse.triton_kernels": "triton_kernels"},
-    package_data={"trifuse": ["py.typed"], "trifuse.report": ["*.html", "*.j2", "*.css"]},
+    package_data={"trifuse": ["py.typed"], "trifuse.report": ["*.j2"]},
 )

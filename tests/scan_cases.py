@@ -72,7 +72,7 @@ def run(backend, tensors, dtype, grads=True, last_grad=True, device="cpu", **opt
     results = {"out": out, "last_state": last}
     if grads:
         g = torch.Generator().manual_seed(99)
-        outs = [out, last] if last_grad else [out]
+        outs = [x for x in (out, last)[: 1 + last_grad] if x.requires_grad]  # zeros after no steps do not
         douts = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype).to(device) for x in outs]
         found = torch.autograd.grad(outs, list(args.values()), douts, allow_unused=True, materialize_grads=True)
         results |= {f"d{name}": grad for name, grad in zip(args, found, strict=True)}

@@ -290,7 +290,7 @@ def test_time_is_split_when_channels_are_few(threads, packed, reverse, options):
     threads(4)
     cu_seqlens = torch.tensor([0, 300, 310, 1100]) if packed else None
     tensors = make(batch=1, dim=8, seqlen=1100, dstate=3, dtype=torch.float64, cu_seqlens=cu_seqlens, **options)
-    arguments = dict(delta_softplus=True, reverse=reverse, cu_seqlens=cu_seqlens)
+    arguments = {"delta_softplus": True, "reverse": reverse, "cu_seqlens": cu_seqlens}
     exact = run("reference", tensors, torch.float64, **arguments)
     found = run("cpp", tensors, torch.float64, **arguments)
     for name in exact:

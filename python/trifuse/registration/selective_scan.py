@@ -204,7 +204,7 @@ def register_backends(scan: Op, update: Op) -> None:
 
 
 # Steps of time between two saved states, per backend.
-CHUNK_SIZE = {"cpp": 32, "cuda": 32, "triton": 128}
+CHUNK_SIZE = {"cpp": 64, "cuda": 32, "triton": 128}
 
 
 def _needs_grad(call: Any) -> bool:

@@ -381,3 +381,23 @@ def test_update_of_every_state_dtype(isa, state_dtype, dstate):
         expected = trifuse.selective_state_update(theirs, x, dt, A, B, C, dt_softplus=True)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert error(mine, theirs.double()) <= 2 * torch.finfo(state_dtype).eps * theirs.double().abs().max().item()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_update_keeps_the_precision_of_float32_coefficients(backend, device, dtype):
+    g = torch.Generator().manual_seed(2)
+    state, A = torch.randn(3, 21, 16, generator=g), -torch.rand(21, 16, generator=g)
+    x, dt, z = torch.randn(3, 3, 21, generator=g).to(dtype)
+    B, C = torch.randn(2, 3, 16, generator=g)
+    answers = {}
+    for name in ("reference", backend):
+        wide = torch.float64 if name == "reference" else None
+        own, args = state.to(wide or torch.float32).to(device), [v.to(device, wide) for v in (x, dt, A, B, C)]
+        with trifuse.backend(name):
+            out = trifuse.selective_state_update(own, *args, z=z.to(device, wide), dt_softplus=True)
+        answers[name] = out, own
+    assert answers[backend][0].dtype == dtype
+    exact, state = answers["reference"]
+    assert error(answers[backend][0], exact) <= torch.finfo(dtype).eps * exact.abs().max().item()
+    assert error(answers[backend][1], state) <= 1e-5

@@ -312,7 +312,7 @@ def selective_state_update(
         x: ``(B, D)`` or ``(B, H, P)``; float32, float16, bfloat16 or float64.
         dt: step sizes, shape and dtype of ``x`` (expanded along P is fine).
         A: ``(D, N)`` or ``(H, P, N)``.
-        B, C: ``(B, N)`` or ``(B, G, N)``, dtype of ``x``; G divides H (or D, without heads).
+        B, C: ``(B, N)`` or ``(B, G, N)``, float32 or the dtype of ``x``; G divides H (or D, without heads).
         D: ``(D,)`` or ``(H, P)``, or None.
         z: gate, shape and dtype of ``x``, or None.
         dt_bias: ``(D,)`` or ``(H, P)``, or None.
@@ -333,6 +333,7 @@ def selective_state_update(
     name = UPDATE.choose(call, call.device_type, call.state.numel())
     with torch.no_grad():
         out = reference.selective_state_update(*call) if name == "reference" else kernels.update(name, call)
+    out = out.to(x.dtype)
     return out if x.dim() == 3 else out.flatten(1)
 
 
@@ -379,7 +380,7 @@ def prepare_update(
                 f"{op}: {name} has shape {tuple(tensor.shape)}; it must be (B, N) or (B, G, N) "
                 f"with B = {batch} and N = {dstate}"
             )
-        check.same_dtype(op, name, tensor, "x", x)
+        check.weight_dtype(op, name, tensor, x)
         if tensor.dim() == 3 and (tensor.shape[1] == 0 or x.shape[1] % tensor.shape[1]):
             size = f"{'H' if heads else 'D'} = {x.shape[1]}"
             raise ValueError(f"{op}: {name} has {tensor.shape[1]} groups, which does not divide {size}")
@@ -399,6 +400,10 @@ def prepare_update(
         raise ValueError(f"{op}: state has {state.shape[0]} rows; without state_batch_indices it must have B = {batch}")
 
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # Kernels read one sequence dtype. Beside float32 B or C that is float32: a token is small.
+    sequence = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
+    x, dt, B, C = x.to(sequence), dt.to(sequence), B.to(sequence), C.to(sequence)
+    z = None if z is None else z.to(sequence)
 
     def weight(tensor: Tensor | None, dim: int) -> Tensor | None:
         return None if tensor is None else with_heads(tensor.to(acc), dim)

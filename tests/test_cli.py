@@ -1,6 +1,7 @@
 """``python -m trifuse info | explain | report``: what they print and what they refuse."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -99,3 +100,13 @@ def test_machine_facts_are_plain_json():
 def test_the_module_runs():
     found = subprocess.run([sys.executable, "-m", "trifuse", "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == f"trifuse {trifuse.__version__}"
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused_by_name():
+    if missing := trifuse._library.missing("cpp") or trifuse._library.missing("native"):
+        pytest.skip(missing)
+    command, environment = [sys.executable, "-m", "trifuse", "explain", "selective_scan"], os.environ.copy()
+    found = subprocess.run(command, env=environment | {"TRIFUSE_CPU_ISA": "sse9"}, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "TRIFUSE_CPU_ISA is 'sse9'; on this machine and build it must be one of " in found.stderr
+    assert "portable" in found.stderr

@@ -81,7 +81,7 @@ def _info(options: argparse.Namespace) -> int:
         ("processor has", ", ".join(facts["cpu_flags"]) or "unknown"),
         ("kernels can use", ", ".join(facts["isas"]) or "nothing compiled"),
         ("kernels use", facts["isa"] or "nothing compiled"),
-        *((f"build: {name}", value) for name, value in facts["build"].items()),
+        *((f"build: {name}", value) for name, value in facts["build"].items() if value),
         ("CUDA devices", "; ".join(facts["cuda"]) or "none"),
         *((f"library: {name}", state) for name, state in libraries.items()),
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["LIB", "MINIMUM_TORCH", "missing", "values_are_known"]
+__all__ = ["LIB", "MINIMUM_TORCH", "missing", "values_are_known", "wrong_isa"]
 
 MINIMUM_TORCH = (2, 10)
 
@@ -53,6 +54,20 @@ try:
     importlib.import_module("trifuse._native")
 except ImportError as error:
     _missing["native"] = f"trifuse._native could not be imported: {error}"
+
+
+def _wrong_isa() -> str | None:
+    name = os.environ.get("TRIFUSE_CPU_ISA")
+    if not name or "cpp" in _missing or "native" in _missing:
+        return None
+    known = importlib.import_module("trifuse._native").cpu_isas()
+    if name in known:
+        return None
+    return f"TRIFUSE_CPU_ISA is {name!r}; on this machine and build it must be one of {', '.join(known)}"
+
+
+wrong_isa = _wrong_isa()
+"""What is wrong with ``TRIFUSE_CPU_ISA``, which every call on the CPU then raises; None where it is right."""
 
 
 def values_are_known(tensor: Tensor) -> bool:

@@ -296,12 +296,15 @@ def test_a_block_is_exported_for_any_batch_and_length():
     served("cpu", "cpp")  # the reference's loop over time would be unrolled
     torch.manual_seed(0)
     layer, size = Mamba(16, d_state=4), torch.export.Dim
-    with torch.no_grad():
-        shapes = ({0: size("batch"), 1: size("length")},)
-        program = torch.export.export(layer, (torch.randn(2, 6, 16),), dynamic_shapes=shapes)
-        for shape in ((3, 11, 16), (1, 300, 16)):
-            x = torch.randn(shape)
-            torch.testing.assert_close(program.module()(x), layer(x))
+    shapes = ({0: size("batch"), 1: size("length")},)
+    program = torch.export.export(layer, (torch.randn(2, 6, 16),), dynamic_shapes=shapes).module()
+    for shape in ((3, 11, 16), (1, 300, 16)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x), layer(x))
+        program(x).square().sum().backward()
+        layer(x).square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    torch.testing.assert_close({name: parameter.grad for name, parameter in program.named_parameters()}, grads)
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "reference"), ("cpu", "cpp"), *NATIVE[2:]])
@@ -370,6 +373,19 @@ def test_a_second_derivative_of_a_native_kernel_is_refused_by_name(device, backe
         (grad,) = torch.autograd.grad(result.sum(), arguments["delta"], create_graph=True)
         with pytest.raises(RuntimeError, match=r'no second derivative.*trifuse\.backend\("reference"\)'):
             torch.autograd.grad(grad.sum(), arguments["A"])
+
+
+@pytest.mark.parametrize(("device", "backend"), NATIVE)
+def test_a_forward_mode_derivative_of_a_native_kernel_is_refused_by_name(device, backend):
+    u, *rest = served(device, backend, bare=True, requires_grad=False).values()
+
+    def out(u):
+        return trifuse.selective_scan(u, *rest[:4])
+
+    with trifuse.backend(backend), pytest.raises(RuntimeError, match=r'trifuse.backend\("reference"\)'):
+        torch.func.jvp(out, (u,), (torch.ones_like(u),))
+    with trifuse.backend("reference"):
+        assert torch.func.jvp(out, (u,), (torch.ones_like(u),))[1].abs().max() > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"packed": True, "layout": "bld"}, {"reverse": True}], ids=str)

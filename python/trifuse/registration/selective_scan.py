@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from trifuse import _library
 from trifuse._library import LIB
@@ -104,7 +105,14 @@ def _backward(bwd_name: str, ctx: Any, dout: Tensor | None, dlast_state: Tensor 
     u, D, z, delta_bias, initial_state = (tensors[i] for i in (0, 5, 6, 7, 8))
     if dout is None:
         dout = torch.zeros((), dtype=u.dtype, device=u.device).expand(u.shape)
-    grads = getattr(torch.ops.trifuse, bwd_name)(dout, dlast_state, *tensors, chunk_states, *ctx.flags)
+    *flags, chunk_size = ctx.flags
+    if chunk_size == 0:  # an exported program that is trained after all
+        backend = "triton" if bwd_name.endswith("_triton") else "cuda" if u.is_cuda else "cpp"
+        chunk_size = CHUNK_SIZE[backend]
+        fwd = getattr(torch.ops.trifuse, bwd_name.replace("scan_bwd", "scan_fwd"))
+        with torch.no_grad():
+            chunk_states = fwd(*tensors, *flags, chunk_size)[2]
+    grads = getattr(torch.ops.trifuse, bwd_name)(dout, dlast_state, *tensors, chunk_states, *flags, chunk_size)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = grads
     return (
         du, ddelta, dA, dB, dC,
@@ -159,6 +167,8 @@ def _cpp_refusals(call: Any) -> list[str]:
     reasons = []
     if call.device_type != "cpu":
         reasons.append(f"it computes on CPU tensors, and these are on {call.device_type}")
+    elif _library.wrong_isa is not None:
+        raise ValueError(_library.wrong_isa)
     if _library.missing("cpp") is not None:
         reasons.append(_library.missing("cpp"))
     return reasons
@@ -211,11 +221,26 @@ def _needs_grad(call: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in call)
 
 
+def _refuse_forward_mode(call: Any) -> None:
+    """A tangent would be dropped in silence: torch gives ops of a library no forward-mode derivative."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(one, Tensor) and forward_ad.unpack_dual(one).tangent is not None for one in call):
+        raise RuntimeError(
+            "selective_scan: a native kernel has no forward-mode derivative; compute it under "
+            'trifuse.backend("reference")'
+        )
+
+
 def scan(backend: str, call: Any) -> tuple[Tensor, Tensor]:
     """Run a checked call of ``selective_scan`` on a native backend."""
+    _refuse_forward_mode(call)
     ops = torch.ops.trifuse
     op = ops.selective_scan_fwd_triton if backend == "triton" else ops.selective_scan_fwd
-    out, last_state, _ = op(*call, CHUNK_SIZE[backend] if _needs_grad(call) else 0)
+    # An exported program mostly runs without gradients, and a number of chunks that depends on the length
+    # would bind it to lengths of one chunk or of several: its backward pass computes the states again.
+    save = _needs_grad(call) and not torch.compiler.is_exporting()
+    out, last_state, _ = op(*call, CHUNK_SIZE[backend] if save else 0)
     return out, last_state
 
 

@@ -70,8 +70,8 @@ struct ScanInputs {
     p.num_seqs = cu_seqlens ? state_rows() : 0;
     p.chunk_size = chunk_size;
     p.n_chunks = n_chunks();
-    STD_TORCH_CHECK(chunk_size >= 0 && chunk_size % 16 == 0 && chunk_size <= 1024,
-                    "selective_scan: chunk_size is ", chunk_size, "; it must be a multiple of 16, at most 1024");
+    STD_TORCH_CHECK(chunk_size >= 0 && chunk_size % 16 == 0 && chunk_size <= 1024, "selective_scan: chunk_size is ",
+                    chunk_size, "; it must be a multiple of 16, at most 1024");
 #if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED)
     STD_TORCH_CHECK(chunk_size <= 64, "selective_scan: chunk_size is ", chunk_size, "; on the CPU it is at most 64");
 #endif
@@ -90,13 +90,14 @@ struct ScanInputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(
-    Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-    OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor cu_seqlens, bool delta_softplus,
-    bool reverse, bool bld, bool deterministic, int64_t chunk_size) {
+std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+                                                      OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias,
+                                                      OptionalTensor initial_state, OptionalTensor cu_seqlens,
+                                                      bool delta_softplus, bool reverse, bool bld, bool deterministic,
+                                                      int64_t chunk_size) {
   (void)deterministic;  // the forward pass always is; the flag travels to the backward pass
-  const ScanInputs in{u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, bld,
-                      chunk_size};
+  const ScanInputs in{u,          delta,          A,       B,   C,         D, z, delta_bias, initial_state,
+                      cu_seqlens, delta_softplus, reverse, bld, chunk_size};
   SelectiveScanParams p;
   in.fill(p);
   const Tensor out = empty_sequence(u, bld);
@@ -113,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
     OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor cu_seqlens,
     Tensor chunk_states, bool delta_softplus, bool reverse, bool bld, bool deterministic, int64_t chunk_size) {
-  const ScanInputs in{u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, bld,
-                      chunk_size};
+  const ScanInputs in{u,          delta,          A,       B,   C,         D, z, delta_bias, initial_state,
+                      cu_seqlens, delta_softplus, reverse, bld, chunk_size};
   STD_TORCH_CHECK(chunk_size > 0, "selective_scan: the forward pass saved no states for a backward pass");
   SelectiveScanBwdParams p;
   in.fill(p);
@@ -144,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (delta_bias) p.ddelta_bias = ddelta_bias.data_ptr();
   if (initial_state) p.dinitial_state = dinitial_state.data_ptr();
   launch(p, u);
-  return {du, ddelta, dA, with_dtype(dB, B.scalar_type()), with_dtype(dC, C.scalar_type()), dD, dz, ddelta_bias,
-          dinitial_state};
+  return {du,          ddelta,        dA, with_dtype(dB, B.scalar_type()), with_dtype(dC, C.scalar_type()), dD, dz,
+          ddelta_bias, dinitial_state};
 }
 
 Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D,

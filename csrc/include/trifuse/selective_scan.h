@@ -44,8 +44,8 @@ struct SelectiveScanParams {
   bool delta_softplus = false;
   bool reverse = false;
 
-  SeqView u, delta, z;           // z.ptr may be null
-  const void* A = nullptr;       // (dim, dstate) acc, contiguous
+  SeqView u, delta, z;      // z.ptr may be null
+  const void* A = nullptr;  // (dim, dstate) acc, contiguous
   CoefView B, C;
   const void* D = nullptr;           // (dim) acc or null
   const void* delta_bias = nullptr;  // (dim) acc or null
@@ -54,12 +54,12 @@ struct SelectiveScanParams {
   const int64_t* cu_seqlens = nullptr;  // (num_seqs + 1) on the device of the data, or null
   int64_t num_seqs = 0;
 
-  int64_t chunk_size = 0;         // 0: chunk_states is not written
-  int64_t n_chunks = 0;           // ceil(seqlen / chunk_size)
-  void* chunk_states = nullptr;   // (batch, n_chunks, dstate, dim) acc, contiguous
+  int64_t chunk_size = 0;        // 0: chunk_states is not written
+  int64_t n_chunks = 0;          // ceil(seqlen / chunk_size)
+  void* chunk_states = nullptr;  // (batch, n_chunks, dstate, dim) acc, contiguous
 
-  SeqView out;                    // forward only
-  void* last_state = nullptr;     // forward only: (batch or num_seqs, dim, dstate) acc, contiguous
+  SeqView out;                 // forward only
+  void* last_state = nullptr;  // forward only: (batch or num_seqs, dim, dstate) acc, contiguous
 };
 
 struct SelectiveScanBwdParams : SelectiveScanParams {
@@ -67,44 +67,44 @@ struct SelectiveScanBwdParams : SelectiveScanParams {
   const void* dlast_state = nullptr;  // like last_state, or null for zero
   bool deterministic = false;
 
-  SeqView du, ddelta, dz;             // sequence dtype; dz.ptr null without z
-  void* dA = nullptr;                 // (dim, dstate) acc, contiguous
-  CoefView dB, dC;                    // acc dtype, strides as given; constant: (dim, dstate)
-  void* dD = nullptr;                 // (dim) acc or null
-  void* ddelta_bias = nullptr;        // (dim) acc or null
-  void* dinitial_state = nullptr;     // like initial_state, or null
+  SeqView du, ddelta, dz;          // sequence dtype; dz.ptr null without z
+  void* dA = nullptr;              // (dim, dstate) acc, contiguous
+  CoefView dB, dC;                 // acc dtype, strides as given; constant: (dim, dstate)
+  void* dD = nullptr;              // (dim) acc or null
+  void* ddelta_bias = nullptr;     // (dim) acc or null
+  void* dinitial_state = nullptr;  // like initial_state, or null
 
-  void* workspace = nullptr;          // workspace_bytes() of it, uninitialised
+  void* workspace = nullptr;  // workspace_bytes() of it, uninitialised
 };
 
 // One token. state is changed in place; row b of the batch uses state row state_batch_indices[b]
 // (b itself when null); a negative index is padding: out is zero and no state is touched.
 struct StateUpdateParams {
   int64_t batch = 0, heads = 0, headdim = 0, dstate = 0, groups = 1;
-  DType dtype = DType::kFloat32;        // x, dt, z, B, C, out
+  DType dtype = DType::kFloat32;  // x, dt, z, B, C, out
   DType state_dtype = DType::kFloat32;
   bool dt_softplus = false;
 
-  void* state = nullptr;                // (rows, heads, headdim, dstate), strides below
+  void* state = nullptr;  // (rows, heads, headdim, dstate), strides below
   int64_t state_row = 0, state_head = 0, state_dim = 0, state_state = 0;
-  const void* x = nullptr;              // (batch, heads, headdim)
+  const void* x = nullptr;  // (batch, heads, headdim)
   int64_t x_batch = 0, x_head = 0, x_dim = 0;
-  const void* dt = nullptr;             // (batch, heads, headdim)
+  const void* dt = nullptr;  // (batch, heads, headdim)
   int64_t dt_batch = 0, dt_head = 0, dt_dim = 0;
-  const void* z = nullptr;              // (batch, heads, headdim) or null
+  const void* z = nullptr;  // (batch, heads, headdim) or null
   int64_t z_batch = 0, z_head = 0, z_dim = 0;
-  const void* A = nullptr;              // (heads, headdim, dstate) acc
+  const void* A = nullptr;  // (heads, headdim, dstate) acc
   int64_t A_head = 0, A_dim = 0, A_state = 0;
-  const void* B = nullptr;              // (batch, groups, dstate)
+  const void* B = nullptr;  // (batch, groups, dstate)
   int64_t B_batch = 0, B_group = 0, B_state = 0;
-  const void* C = nullptr;              // (batch, groups, dstate)
+  const void* C = nullptr;  // (batch, groups, dstate)
   int64_t C_batch = 0, C_group = 0, C_state = 0;
-  const void* D = nullptr;              // (heads, headdim) acc or null
+  const void* D = nullptr;  // (heads, headdim) acc or null
   int64_t D_head = 0, D_dim = 0;
-  const void* dt_bias = nullptr;        // (heads, headdim) acc or null
+  const void* dt_bias = nullptr;  // (heads, headdim) acc or null
   int64_t dt_bias_head = 0, dt_bias_dim = 0;
   const int64_t* state_batch_indices = nullptr;  // (batch) or null
-  void* out = nullptr;                  // (batch, heads, headdim), contiguous
+  void* out = nullptr;                           // (batch, heads, headdim), contiguous
 };
 
 namespace cpu {

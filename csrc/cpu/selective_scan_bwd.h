@@ -642,6 +642,8 @@ void backward(const SelectiveScanBwdParams& p, const Threads& threads) {
   const bool nothing = p.batch == 0 || p.dim == 0 || p.seqlen == 0;
   const int64_t segments = segment_count(p, kLanes<T>, threads.count);
   const Partials<T> partials(p, part, segments);
+  for (const SeqView* output : {&p.du, &p.ddelta, &p.dz}) prefer_large_pages(p, *output);
+  prefer_large_pages(p.workspace, partials.bytes);
   partials.clear_groups_of_other_shares(p, part);
   if (!nothing) backward_tasks<T, S>(p, partials, part, segments, threads);
   const int64_t rows = nothing ? 0 : partials.weight_rows;

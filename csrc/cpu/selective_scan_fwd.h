@@ -1,6 +1,7 @@
 // Forward selective scan on a CPU. See selective_scan_tile.h for the walk.
 #pragma once
 
+#include "pages.h"
 #include "selective_scan_tile.h"
 
 namespace trifuse::cpu {
@@ -439,6 +440,9 @@ template <class T, class S>
 void forward(const SelectiveScanParams& p, const Threads& threads) {
   pass_empty_sequences<T>(p, p.initial_state, p.last_state);
   if (p.batch == 0 || p.dim == 0 || p.seqlen == 0) return;
+  const int64_t state_bytes = p.dim * p.dstate * (p.complex ? 2 : 1) * int64_t(sizeof(T));
+  prefer_large_pages(p, p.out);
+  prefer_large_pages(p.chunk_states, p.batch * p.n_chunks * state_bytes);
   // Twice as many tasks as threads, so that a thread that was held up does not hold up the rest.
   const Partition part(p, kLanes<T>, divide_up(2 * threads.count, p.batch));
   const int64_t segments = segment_count(p, kLanes<T>, threads.count);

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 
 import pytest
+import scan_cases
 import torch
+from scan_cases import cast, compare, eager_errors, error, output_gradients, run
 
 import trifuse
 from trifuse import reference
@@ -14,7 +17,6 @@ from trifuse.ops.selective_scan import prepare, prepare_update
 from trifuse.registration import selective_scan as registration
 
 LIBRARY = Path(trifuse.__file__).parent / "lib" / "libtrifuse_emulated.so"
-SEQUENCES = ("u", "delta", "B", "C", "z")
 PACKED = [0, 5, 5, 18, 51, 64, 100, 100]
 
 _keep = []
@@ -41,71 +43,12 @@ def load() -> ctypes.CDLL:
     return _keep[1]
 
 
-def make(
-    batch=2, dim=6, seqlen=37, dstate=16, groups=(1, 1), constant="", layout="bdl", dtype=torch.float32, seed=0,
-    skip=True, gate=True, bias=True, initial=True, cu_seqlens=None,
-):  # fmt: skip
-    """Arguments of one call, in float64 holding values of `dtype`."""
-    g = torch.Generator().manual_seed(seed)
-    batch = 1 if cu_seqlens is not None else batch
-
-    def rand(*shape, weight=False):
-        x = torch.randn(shape, generator=g, dtype=torch.float64)
-        return x.to(torch.float32 if weight else dtype).double()
-
-    def sequence(*channels):
-        return rand(batch, seqlen, *channels) if layout == "bld" else rand(batch, *channels, seqlen)
-
-    def coef(name, count):
-        return rand(dim, dstate, weight=True) if name in constant else sequence(count, dstate)
-
-    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    return {
-        "u": sequence(dim),
-        "delta": sequence(dim),
-        "A": -(0.2 + rand(dim, dstate, weight=True).abs()),
-        "B": coef("B", groups[0]),
-        "C": coef("C", groups[1]),
-        "D": rand(dim, weight=True) if skip else None,
-        "z": sequence(dim) if gate else None,
-        "delta_bias": rand(dim, weight=True) if bias else None,
-        "initial_state": rand(rows, dim, dstate, weight=True) if initial else None,
-    }
-
-
-def cast(tensors, dtype):
-    """Sequences in `dtype`, weights and states in at least float32; strides survive."""
-    weights = torch.promote_types(dtype, torch.float32)
-
-    def one(name, tensor):
-        sequence = name in SEQUENCES and tensor.dim() > 2
-        return tensor.to(dtype if sequence else weights)
-
-    return {name: None if tensor is None else one(name, tensor) for name, tensor in tensors.items()}
-
-
-def output_gradients(out, last):
-    g = torch.Generator().manual_seed(99)
-    return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in (out, last)]
-
-
-def run_reference(tensors, dtype, last_grad=True, **options):
-    """out, last_state and all gradients, by the reference in `dtype`."""
-    args = {k: None if v is None else v.detach().requires_grad_() for k, v in cast(tensors, dtype).items()}
-    with trifuse.backend("reference"):
-        out, last = trifuse.selective_scan(**args, return_last_state=True, **options)
-    dout, dlast = output_gradients(out, last)
-    wanted = {k: v for k, v in args.items() if v is not None}
-    outs, grads = ([out, last], [dout, dlast]) if last_grad else ([out], [dout])
-    found = torch.autograd.grad(outs, list(wanted.values()), grads, materialize_grads=True)
-    return {
-        k: v.detach() for k, v in ({"out": out, "last_state": last} | dict(zip(wanted, found, strict=True))).items()
-    }
+make = functools.partial(scan_cases.make, dim=6)
 
 
 def run_emulated(tensors, dtype, last_grad=True, chunk_size=None, **options):
     """The same by the emulated kernels, in the arguments' own layout."""
-    args = cast(tensors, dtype)
+    args = {name: None if tensor is None else cast(name, tensor, dtype) for name, tensor in tensors.items()}
     call = prepare(**args, return_last_state=True, **options)
     chunk_size = registration.CHUNK_SIZE["cuda"] if chunk_size is None else chunk_size
     ops = torch.ops.trifuse_emulated
@@ -118,7 +61,7 @@ def run_emulated(tensors, dtype, last_grad=True, chunk_size=None, **options):
     found = {"out": public_out, "last_state": last}
     for name, grad in zip(names, grads, strict=True):
         if args[name] is not None:
-            found[name] = public(name, grad, args[name], call.bld)
+            found[f"d{name}"] = public(name, grad, args[name], call.bld)
         else:
             assert grad.shape == (0,), name
     return found
@@ -132,25 +75,14 @@ def public(name, grad, argument, bld):
     return grad.transpose(1, 2) if bld and name in ("u", "delta", "z") else grad
 
 
-def compare(kernel, eager, exact):
-    """error(kernel) <= 2 error(eager PyTorch in the same dtype) + a few ulp, for everything returned."""
-    for name, value in kernel.items():
-        assert value.shape == exact[name].shape, name
-        assert value.dtype == eager[name].dtype, name
-        if value.numel():
-            error = (value.double() - exact[name]).abs().max().item()
-            allowed = 2 * (eager[name].double() - exact[name]).abs().max().item()
-            allowed += 4 * torch.finfo(value.dtype).eps * exact[name].abs().max().item()
-            assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
-
-
 def check(tensors, dtype=torch.float32, chunk_size=None, **options):
     """Compare with the reference; then in the opposite thread order, whose bits must be the same."""
     library = load()
-    exact = run_reference(tensors, torch.float64, **options)
-    eager = run_reference(tensors, dtype, **options)
+    exact = run("reference", tensors, torch.float64, **options)
     kernel = run_emulated(tensors, dtype, chunk_size=chunk_size, **options)
-    compare(kernel, eager, exact)
+    for name, value in run("reference", tensors, dtype, **options).items():
+        assert kernel[name].dtype == value.dtype, name
+    compare(kernel, exact, eager_errors(tensors, dtype, **options))
     library.trifuse_emulator_set_descending(1)
     try:
         again = run_emulated(tensors, dtype, chunk_size=chunk_size, **options)
@@ -186,5 +118,6 @@ def check_update(dtype, state_dtype, batch=3, shape=(70,), dstate=16, groups=Non
     exact = reference.selective_state_update(*prepare_update(exact_state, **{k: doubled(v) for k, v in args.items()}))
     eager = reference.selective_state_update(*prepare_update(eager_state, **args))
     kernel = torch.ops.trifuse_emulated.selective_state_update(*prepare_update(kernel_state, **args))
-    compare({"out": kernel, "state": kernel_state}, {"out": eager, "state": eager_state},
-            {"out": exact, "state": exact_state})  # fmt: skip
+    exact, eager = {"out": exact, "state": exact_state}, {"out": eager, "state": eager_state}
+    assert (kernel.dtype, kernel_state.dtype) == (dtype, state_dtype)
+    compare({"out": kernel, "state": kernel_state}, exact, {name: error(eager[name], exact[name]) for name in exact})

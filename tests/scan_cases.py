@@ -62,6 +62,11 @@ def cast(name, tensor, dtype):
     return tensor.to(dtype if name in SEQUENCES and tensor.dim() > 2 else weights)
 
 
+def output_gradients(out, last):
+    g = torch.Generator().manual_seed(99)
+    return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype).to(x.device) for x in (out, last)]
+
+
 def run(backend, tensors, dtype, grads=True, last_grad=True, device="cpu", **options):
     """out, last_state and all gradients, as named results."""
     args = {k: cast(k, v, dtype).to(device).detach().requires_grad_(grads) for k, v in tensors.items() if v is not None}
@@ -103,14 +108,20 @@ def eager_errors(tensors, dtype, **options):
     return worst
 
 
-def check(backend, tensors, dtype=torch.float32, device="cpu", **options):
-    """Assert the rule for everything that `backend` returns."""
-    exact = run("reference", tensors, torch.float64, **options)
-    eager = eager_errors(tensors, dtype, **options)
-    kernel = run(backend, tensors, dtype, device=device, **options)
+def compare(kernel, exact, eager):
+    """Assert the rule; `eager` holds the errors of eager PyTorch."""
     for name, value in kernel.items():
         assert value.shape == exact[name].shape, name
         largest = exact[name].abs().max().item() if value.numel() else 0.0
         allowed = 2 * eager[name] + FEW_ULP * torch.finfo(value.dtype).eps * largest
         found = error(value, exact[name])
         assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
+
+
+def check(backend, tensors, dtype=torch.float32, device="cpu", **options):
+    """Assert the rule for everything that `backend` returns."""
+    exact = run("reference", tensors, torch.float64, **options)
+    eager = eager_errors(tensors, dtype, **options)
+    kernel = run(backend, tensors, dtype, device=device, **options)
+    assert kernel["out"].dtype == dtype
+    compare(kernel, exact, eager)

@@ -14,15 +14,7 @@ from emulated_cuda import PACKED, check, check_update, load, make, run_emulated
 library = load()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 packed = torch.tensor(PACKED)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture
@@ -173,12 +165,12 @@ def test_nan_and_inf_stay_in_their_channel_and_batch_item(bad):
     dirty = run_emulated(tensors, torch.float32, delta_softplus=True)
     others = [d for d in range(70) if d != 3]
     assert not dirty["out"][1, 3, 20:].isfinite().any()
-    for name in ("out", "last_state", "u", "delta", "z", "initial_state"):
+    for name in ("out", "last_state", "du", "ddelta", "dz", "dinitial_state"):
         assert torch.equal(clean[name][0], dirty[name][0]), name
         assert torch.equal(clean[name][1, others], dirty[name][1, others]), name
-    for name in ("A", "D", "delta_bias"):
+    for name in ("dA", "dD", "ddelta_bias"):
         assert torch.equal(clean[name][others], dirty[name][others]), name
-    for name in ("B", "C"):
+    for name in ("dB", "dC"):
         assert torch.equal(clean[name][0], dirty[name][0]), name
 
 
@@ -188,10 +180,10 @@ def test_nan_does_not_cross_the_boundary_of_packed_sequences(wide_device):
     clean = run_emulated(tensors, torch.float32, delta_softplus=True, cu_seqlens=cu_seqlens)
     tensors["u"][0, :, 210] = float("nan")
     dirty = run_emulated(tensors, torch.float32, delta_softplus=True, cu_seqlens=cu_seqlens)
-    for name in ("out", "u", "delta", "z", "B", "C"):
+    for name in ("out", "du", "ddelta", "dz", "dB", "dC"):
         assert torch.equal(clean[name][..., :200], dirty[name][..., :200]), name
         assert torch.equal(clean[name][..., 450:], dirty[name][..., 450:]), name
-    for name in ("last_state", "initial_state"):
+    for name in ("last_state", "dinitial_state"):
         assert torch.equal(clean[name][[0, 2]], dirty[name][[0, 2]]), name
 
 

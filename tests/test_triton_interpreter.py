@@ -6,10 +6,13 @@ wrongly and takes about a millisecond per scanned element: float32 and float16 o
 tiles of 16 steps. What it cannot show (races, layouts) is for the tests on a GPU.
 """
 
+import functools
 import os
 
 import pytest
+import scan_cases
 import torch
+from scan_cases import error, run
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs only with TRITON_INTERPRET=1 in the environment of its own process", allow_module_level=True)
@@ -24,107 +27,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(CHUNK_SIZE, "triton", 16)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory is NaN: what a kernel does not write, a comparison finds."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def make(
-    batch=1, dim=2, seqlen=21, dstate=2, groups=(1, 1), constant="", layout="bdl", dtype=torch.float32, seed=0,
-    skip=True, gate=True, bias=True, initial=True, cu_seqlens=None,
-):  # fmt: skip
-    """Arguments of one call, in float64 holding values of `dtype`."""
-    g = torch.Generator().manual_seed(seed)
-
-    def rand(*shape, weight=False):
-        x = torch.randn(shape, generator=g, dtype=torch.float64)
-        return x.to(torch.float32 if weight else dtype).double()
-
-    def sequence(*channels):
-        shape = (batch, seqlen, *channels) if layout == "bld" else (batch, *channels, seqlen)
-        return rand(*shape)
-
-    def coef(name, count):
-        return rand(dim, dstate, weight=True) if name in constant else sequence(count, dstate)
-
-    rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    return {
-        "u": sequence(dim),
-        "delta": sequence(dim),
-        "A": -(0.2 + rand(dim, dstate, weight=True).abs()),
-        "B": coef("B", groups[0]),
-        "C": coef("C", groups[1]),
-        "D": rand(dim, weight=True) if skip else None,
-        "z": sequence(dim) if gate else None,
-        "delta_bias": rand(dim, weight=True) if bias else None,
-        "initial_state": rand(rows, dim, dstate, weight=True) if initial else None,
-    }
-
-
-def run(backend, tensors, dtype, grads=True, last_grad=True, **options):
-    """out, last_state and all gradients. Sequences are cast to `dtype`, weights to at least float32."""
-    weights = torch.promote_types(dtype, torch.float32)
-    sequences = [name for name in ("u", "delta", "B", "C", "z") if tensors[name] is not None]
-    sequences = [name for name in sequences if tensors[name].dim() > 2]
-    args = {}
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            cast = tensor.to(dtype if name in sequences else weights)
-            args[name] = cast.detach().requires_grad_(grads)
-    with trifuse.backend(backend):
-        out, last = trifuse.selective_scan(**args, return_last_state=True, **options)
-    results = {"out": out, "last_state": last}
-    if grads:
-        g = torch.Generator().manual_seed(99)
-        outs, dout = [out], [torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)]
-        if last_grad:
-            outs.append(last)
-            dout.append(torch.randn(last.shape, generator=g, dtype=torch.float64).to(last.dtype))
-        grads = torch.autograd.grad(outs, list(args.values()), dout, allow_unused=True, materialize_grads=True)
-        results |= zip(args, grads, strict=True)
-    return {name: result.detach() for name, result in results.items()}
-
-
-def errors(results, exact):
-    return {n: (r.double() - exact[n]).abs().max().item() if r.numel() else 0.0 for n, r in results.items()}
-
-
-def eager_errors(tensors, dtype, **options):
-    """The error of eager PyTorch in `dtype`: the largest of a few draws of nearby inputs, since the error of
-    one draw of a few numbers is a lottery."""
-    g = torch.Generator().manual_seed(7)
-    worst = {}
-    for scale in (0.0, 0.02, 0.02, 0.02):
-        near = {}
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                moved = tensor * (1 + scale * torch.randn(tensor.shape, generator=g, dtype=torch.float64))
-                tensor = moved.to(dtype if tensor.dim() > 2 and name != "initial_state" else torch.float32).double()
-            near[name] = tensor
-        eager = run("reference", near, dtype, **options)
-        found = errors(eager, run("reference", near, torch.float64, **options))
-        worst = {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
-    return worst
-
-
-def check(tensors, dtype=torch.float32, **options):
-    """error(kernel) <= 2 error(eager PyTorch in the same dtype) + a few ulp, for everything returned."""
-    exact = run("reference", tensors, torch.float64, **options)
-    eager = eager_errors(tensors, dtype, **options)
-    kernel = run("triton", tensors, dtype, **options)
-    for name, error in errors(kernel, exact).items():
-        value = kernel[name]
-        assert value.shape == exact[name].shape, name
-        few_ulp = 4 * torch.finfo(value.dtype).eps * (exact[name].abs().max().item() if value.numel() else 0.0)
-        allowed = 2 * eager[name] + few_ulp
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
-
-
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+make = functools.partial(scan_cases.make, batch=1, dim=2, seqlen=21, dstate=2)
+check = functools.partial(scan_cases.check, "triton")
 PACKED = torch.tensor([0, 5, 5, 18, 21])
 
 
@@ -191,8 +96,9 @@ def test_float16():
 
 def test_deterministic_gradients_are_repeatable_and_equal_the_others():
     tensors = make(dim=5, batch=2, seqlen=18, dstate=1)
-    check(tensors, deterministic=True, delta_softplus=True)
-    first, second = (run("triton", tensors, torch.float32, deterministic=True) for _ in range(2))
+    options = {"deterministic": True, "delta_softplus": True}
+    check(tensors, **options)
+    first, second = (run("triton", tensors, torch.float32, **options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -258,11 +164,11 @@ def test_nan_stays_in_its_packed_sequence(reverse):
     clean = run("triton", tensors, torch.float32, **options)
     tensors["u"][0, 0, 9] = float("nan")
     dirty = run("triton", tensors, torch.float32, **options)
-    for name in ("out", "u", "delta", "z"):
+    for name in ("out", "du", "ddelta", "dz"):
         for part in (slice(0, 7), slice(12, 20)):
             assert torch.equal(dirty[name][..., part], clean[name][..., part]), name
     assert torch.equal(dirty["last_state"][::2], clean["last_state"][::2])
-    assert torch.equal(dirty["initial_state"][::2], clean["initial_state"][::2])
+    assert torch.equal(dirty["dinitial_state"][::2], clean["dinitial_state"][::2])
 
 
 def test_steps_that_do_not_exist_leave_an_infinite_decay_alone():
@@ -270,7 +176,7 @@ def test_steps_that_do_not_exist_leave_an_infinite_decay_alone():
     tensors["A"][0] = -float("inf")
     exact = run("reference", tensors, torch.float64, grads=False, delta_softplus=True)
     result = run("triton", tensors, torch.float32, grads=False, delta_softplus=True)
-    assert all(error < 1e-5 for error in errors(result, exact).values())
+    assert all(error(value, exact[name]) < 1e-5 for name, value in result.items())
 
 
 def test_softplus_is_accurate_where_it_is_tiny_and_where_it_is_linear():

@@ -401,3 +401,34 @@ def test_update_keeps_the_precision_of_float32_coefficients(backend, device, dty
     exact, state = answers["reference"]
     assert error(answers[backend][0], exact) <= torch.finfo(dtype).eps * exact.abs().max().item()
     assert error(answers[backend][1], state) <= 1e-5
+
+
+@kernels
+@pytest.mark.parametrize("heads", [False, True])
+def test_update_with_other_groups_of_b_than_of_c(backend, device, heads):
+    g = torch.Generator().manual_seed(3)
+    shape = (6, 5) if heads else (30,)
+    x, dt = torch.randn(2, 4, *shape, generator=g)
+    A = -torch.rand(*shape, 7, generator=g)
+    state, B, C = (torch.randn(4, *size, 7, generator=g) for size in (shape, (2,), (3,)))
+    answers = []
+    for name, kind in (("reference", torch.float64), (backend, torch.float32)):
+        own, *args = (value.to(device, kind, copy=True) for value in (state, x, dt, A, B, C))
+        with trifuse.backend(name):
+            answers.append((trifuse.selective_state_update(own, *args, dt_softplus=True), own))
+    for exact, found in zip(*answers, strict=True):
+        assert error(found, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_update_of_a_state_of_the_other_precision_runs_on_the_reference(dtypes):
+    state, x = torch.ones(2, 5, 3, dtype=dtypes[0]), torch.ones(2, 5, dtype=dtypes[1])
+    A, B = -torch.ones(5, 3), torch.ones(2, 3, dtype=dtypes[1])
+    out = trifuse.selective_state_update(state, x, x, A, B, B)
+    assert out.dtype == dtypes[1] and state.dtype == dtypes[0]
+    expected = 1 + torch.exp(-torch.ones(2, 5, 3, dtype=torch.float64))
+    torch.testing.assert_close(state.double(), expected)
+    torch.testing.assert_close(out.double(), expected.sum(-1))
+    if HAS_CPP:
+        with trifuse.backend("cpp"), pytest.raises(trifuse.BackendUnavailable, match="float64 beside float64 only"):
+            trifuse.selective_state_update(state, x, x, A, B, B)

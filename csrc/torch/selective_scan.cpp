@@ -161,6 +161,8 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
   p.dtype = dtype_of(x);
   p.state_dtype = dtype_of(state);
   p.dt_softplus = dt_softplus;
+  STD_TORCH_CHECK((p.state_dtype == DType::kFloat64) == (p.dtype == DType::kFloat64),
+                  "selective_state_update: state and x must both be float64, or neither");
   p.state = state.data_ptr();
   p.state_row = state.stride(0);
   p.state_head = state.stride(1);

@@ -386,6 +386,8 @@ def prepare_update(
             raise ValueError(f"{op}: {name} has {tensor.shape[1]} groups, which does not divide {size}")
     B, C = (tensor.unsqueeze(1) if tensor.dim() == 2 else tensor for tensor in (B, C))
     count = math.lcm(B.shape[1], C.shape[1])  # without heads, as many as both kinds of groups need
+    B, C = (tensor.repeat_interleave(count // tensor.shape[1], dim=1) if tensor.shape[1] < count else tensor
+            for tensor in (B, C))  # fmt: skip
     split = (count, x.shape[1] // count)
 
     def with_heads(tensor: Tensor | None, dim: int) -> Tensor | None:

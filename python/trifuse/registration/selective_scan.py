@@ -171,6 +171,9 @@ def _cpp_refusals(call: Any) -> list[str]:
         raise ValueError(_library.wrong_isa)
     if _library.missing("cpp") is not None:
         reasons.append(_library.missing("cpp"))
+    state = getattr(call, "state", None)
+    if state is not None and (state.dtype == torch.float64) != (call.x.dtype == torch.float64):
+        reasons.append(f"it takes float64 beside float64 only, and state is {state.dtype} and x {call.x.dtype}")
     return reasons
 
 

@@ -296,6 +296,8 @@ def test_bad_input_is_refused_before_any_state_moves():
     refused(f"Mamba: hidden_states has shape (3, 16); {shape}", layer, x[0], cache)
     refused(f"Mamba: hidden_states has shape (2, 16); {shape}", layer.step, x[:, 0], *states)
     refused("Mamba: hidden_states is list; it must be a torch.Tensor", layer, [1.0], error=TypeError)
+    refused("Mamba: hidden_states is int64; it must be floating point", layer, x.long(), cache, error=TypeError)
+    refused("Mamba: hidden_states is on meta; it must be on cpu like the parameters", layer, x.to("meta"), cache)
     refused("Mamba: hidden_states has 3 tokens; step takes 1", layer.step, x, *states)
     refused("Mamba: conv_state has shape (2, 32, 4); it must be (B, d_inner, d_conv) = (1, 32, 4)", layer, x[:1], cache)
     refused(
@@ -309,3 +311,5 @@ def test_bad_input_is_refused_before_any_state_moves():
     refused("Mamba: cu_seqlens is on meta; it must be on cpu", layer, x[:1], cu_seqlens=offsets.to("meta"))
     refused("Mamba: layer_idx is None; a layer needs one", Mamba(16), x.float(), InferenceParams())
     refused('Mamba: dt_init is \'zero\'; it must be "random" or "constant"', Mamba, 16, dt_init="zero")
+    refused("Mamba: dt_rank is 'big'; it must be a positive int or \"auto\"", Mamba, 16, dt_rank="big")
+    refused("Mamba: d_state is 0; it must be a positive int", Mamba, 16, d_state=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,11 @@ class Mamba(nn.Module):
         self.expand = expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        for name in ("d_model", "d_state", "d_conv", "d_inner", "dt_rank"):
+            size = getattr(self, name)
+            if not isinstance(size, numbers.Integral) or size < 1:
+                also = ' or "auto"' if name == "dt_rank" else ""
+                raise ValueError(f"Mamba: {name} is {size!r}; it must be a positive int{also}")
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
 
@@ -220,6 +226,12 @@ class Mamba(nn.Module):
                 f"Mamba: hidden_states has shape {tuple(hidden_states.shape)}; "
                 f"it must be (B, L, d_model) with d_model = {self.d_model}"
             )
+        if not hidden_states.is_floating_point():
+            was = check.dtype_name(hidden_states.dtype)
+            raise TypeError(f"Mamba: hidden_states is {was}; it must be floating point like the parameters")
+        if hidden_states.device != self.A_log.device:
+            was, own = hidden_states.device, self.A_log.device
+            raise ValueError(f"Mamba: hidden_states is on {was}; it must be on {own} like the parameters")
 
     def _check_states(self, batch_size: int, conv_state: Tensor, ssm_state: Tensor) -> None:
         check.tensors("Mamba", conv_state=conv_state, ssm_state=ssm_state)

@@ -328,6 +328,23 @@ def test_autocast_narrows_the_sequences_and_nothing_else(device, backend):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_autocast_lets_a_token_mix_dtypes(backend):
+    served("cpu", backend)
+    arguments = update_arguments()
+    mixed = {name: value.bfloat16() if name in ("dt", "B") else value for name, value in arguments.items()}
+    wide = {name: value.float() if name in ("dt", "B") else value for name, value in mixed.items()}
+    wide["state"] = wide["state"].clone()
+    with trifuse.backend(backend):
+        expected = trifuse.selective_state_update(**wide)
+        with pytest.raises(TypeError, match="dt is bfloat16; it must be float32 like x"):
+            trifuse.selective_state_update(**mixed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = trifuse.selective_state_update(**mixed)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected) and torch.equal(mixed["state"], wide["state"])
+
+
 def test_autocast_leaves_float64_and_constant_coefficients_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert trifuse.selective_scan(**scan_arguments(dtype=torch.float64)).dtype == torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -107,6 +108,7 @@ def selective_scan(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
         BackendUnavailable: a backend was forced that cannot serve the call.
+        RuntimeError: a second or a forward-mode derivative was asked of a native kernel.
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023,
     equation 2 and algorithm 2.
@@ -224,6 +226,16 @@ def _autocast(u, delta, z, B, C, A):
 
     variable_B, variable_C = B.dim() > 2 and not A.is_complex(), C.dim() > 2 and not A.is_complex()
     return cast(u), cast(delta), cast(z), cast(B, variable_B), cast(C, variable_C)
+
+
+def _one_dtype_under_autocast(*token: Tensor | None) -> list[Tensor | None]:
+    """Under autocast a token's tensors may differ in dtype, as the operations before them do: the widest serves all."""
+    x = token[0]
+    if not torch.amp.is_autocast_available(x.device.type) or not torch.is_autocast_enabled(x.device.type):
+        return list(token)
+    dtypes = [one.dtype for one in token if one is not None and one.dtype in SEQUENCE_DTYPES]
+    widest = functools.reduce(torch.promote_types, dtypes, x.dtype)
+    return [one.to(widest) if one is not None and one.dtype in SEQUENCE_DTYPES else one for one in token]
 
 
 def _coefficient(op: str, name: str, coef: Tensor, u: Tensor, A: Tensor, bld: bool) -> Tensor:
@@ -360,6 +372,7 @@ def prepare_update(
     heads = state.dim() == 4
     check.rank(op, "x", x, 3 if heads else 2, "(B, H, P)" if heads else "(B, D)")
     check.dtype(op, "state", state, SEQUENCE_DTYPES)
+    x, dt, z, B, C = _one_dtype_under_autocast(x, dt, z, B, C)
     check.dtype(op, "x", x, SEQUENCE_DTYPES)
     check.shape(op, "x", x, (x.shape[0], *state.shape[1:-1]), "(B, *state.shape[1:-1])")
     for name, tensor in (("dt", dt), ("z", z)):

@@ -1,210 +1,11 @@
-// Backward selective scan on a CPU: tiles in reverse order of processing. Inside a tile the states are
-// recomputed from the chunk state the forward pass saved, then the adjoint runs back through them.
+// Backward selective scan on a CPU: tiles in reverse order of processing, see selective_scan_adjoint.h
+// for what happens inside one.
 #pragma once
 
-#include "selective_scan_fwd.h"
+#include "selective_scan_adjoint.h"
 
 namespace trifuse::cpu {
 namespace {
-
-// Adjoint of StateLoop. `carry` is the gradient of the state behind the step at hand.
-template <class T>
-struct AdjointLoop : StateLoop<T> {
-  const Ahead<7>* beside;  // what to ask the cache for meanwhile
-  const T* gy;   // [t][lane], gradient of y
-  T* gdtu;       // [t][lane], accumulated: gradient of dt * u
-  T* gdt;        // [t][lane], accumulated: gradient of dt through the decay
-  T* carry;      // [n][lane], in and out
-  T* gA;         // [n][lane], accumulated; for real A in units of log2(e), those of dt
-  T* gB;         // [t][n][lane] or [n][lane], accumulated
-  T* gC;
-  T* decays;     // scratch, [s][state at hand][lane]
-  T* states;     // scratch, [s + 1][state at hand][lane]: the state before step s
-};
-
-template <class T, int kStates, bool kVariableB, bool kVariableC, bool kOutput>
-TRIFUSE_INLINE void recompute_states(const AdjointLoop<T>& a, int64_t n0) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t count = a.tile.count, forward = a.tile.reverse ? -1 : 1;
-  const int64_t next_B = kVariableB ? a.dstate : 0, next_C = kVariableC ? a.dstate : 0;
-  const T *rates = a.rates + n0 * lanes, *dt_rows = a.dt, *dtu_rows = a.dtu;
-  const T *B = coefficients_from<T, kVariableB>(a.B, n0), *C = coefficients_from<T, kVariableC>(a.C, n0);
-  T *y_rows = a.y, *decays = a.decays, *states = a.states;
-  Vec<T> h[kStates];
-#pragma GCC unroll 16
-  for (int i = 0; i < kStates; ++i) {
-    h[i] = load<T>(a.h + (n0 + i) * lanes);
-    store<T>(states + i * lanes, h[i]);
-  }
-  Ahead<7> ahead = *a.beside;
-  for (int64_t s = 0, t = a.tile.row(0); s < count; ++s, t += forward) {
-    ahead.step();
-    const Vec<T> dt = load<T>(dt_rows + t * lanes), dtu = load<T>(dtu_rows + t * lanes);
-    const T *b = B + t * next_B, *c = C + t * next_C;
-    T *decay_row = decays + s * kStates * lanes, *state_row = states + (s + 1) * kStates * lanes;
-    Vec<T> y = kOutput ? load<T>(y_rows + t * lanes) : dt;
-#pragma GCC unroll 16
-    for (int i = 0; i < kStates; ++i) {
-      const Vec<T> decay = exp2_product<T>(dt, load<T>(rates + i * lanes));
-      h[i] = decay * h[i] + dtu * coefficient<T, kVariableB>(b, i);
-      if constexpr (kOutput) y += coefficient<T, kVariableC>(c, i) * h[i];
-      store<T>(decay_row + i * lanes, decay);
-      store<T>(state_row + i * lanes, h[i]);
-    }
-    if constexpr (kOutput) store<T>(y_rows + t * lanes, y);
-  }
-}
-
-template <class T>
-TRIFUSE_INLINE void accumulate(T* sum, Vec<T> x) {
-  store<T>(sum, load<T>(sum) + x);
-}
-
-template <class T, int kStates, bool kVariableB, bool kVariableC, bool kOutput>
-void adjoint_states(const AdjointLoop<T>& a, int64_t n0) {
-  constexpr int64_t lanes = kLanes<T>;
-  recompute_states<T, kStates, kVariableB, kVariableC, kOutput>(a, n0);
-  const int64_t count = a.tile.count, forward = a.tile.reverse ? -1 : 1;
-  const int64_t next_B = kVariableB ? a.dstate : 0, next_C = kVariableC ? a.dstate : 0;
-  const T *rates = a.rates + n0 * lanes, *dt_rows = a.dt, *dtu_rows = a.dtu, *gy_rows = a.gy;
-  const T *B = coefficients_from<T, kVariableB>(a.B, n0), *C = coefficients_from<T, kVariableC>(a.C, n0);
-  const T *decays = a.decays, *states = a.states;
-  T *gdtu_rows = a.gdtu, *gdt_rows = a.gdt, *gB_rows = a.gB + n0 * lanes, *gC_rows = a.gC + n0 * lanes;
-  // Sums over time start at zero in every tile and are added to the total at its end: sums of sums
-  // round less than one long sum.
-  Vec<T> carry[kStates], gA[kStates], gB[kStates], gC[kStates];
-#pragma GCC unroll 16
-  for (int i = 0; i < kStates; ++i) {
-    carry[i] = load<T>(a.carry + (n0 + i) * lanes);
-    gA[i] = gB[i] = gC[i] = splat(T(0));
-  }
-  for (int64_t s = count - 1, t = a.tile.row(count - 1); s >= 0; --s, t -= forward) {
-    const Vec<T> gy = load<T>(gy_rows + t * lanes), dt = load<T>(dt_rows + t * lanes),
-                 dtu = load<T>(dtu_rows + t * lanes);
-    const T *b = B + t * next_B, *c = C + t * next_C;
-    const T *decay = decays + s * kStates * lanes, *before = states + s * kStates * lanes;
-    T *gB_row = gB_rows + t * next_B * lanes, *gC_row = gC_rows + t * next_C * lanes;
-    Vec<T> gdtu = load<T>(gdtu_rows + t * lanes), gdt = load<T>(gdt_rows + t * lanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kStates; ++i) {
-      const Vec<T> after = load<T>(before + (kStates + i) * lanes);
-      const Vec<T> g = carry[i] + gy * coefficient<T, kVariableC>(c, i);
-      if constexpr (kVariableC) {
-        accumulate<T>(gC_row + i * lanes, gy * after);
-      } else {
-        gC[i] += gy * after;
-      }
-      if constexpr (kVariableB) {
-        accumulate<T>(gB_row + i * lanes, g * dtu);
-      } else {
-        gB[i] += g * dtu;
-      }
-      gdtu += g * coefficient<T, kVariableB>(b, i);
-      carry[i] = load<T>(decay + i * lanes) * g;
-      const Vec<T> q = carry[i] * load<T>(before + i * lanes);
-      gdt += q * load<T>(rates + i * lanes);
-      gA[i] += q * dt;
-    }
-    store<T>(gdtu_rows + t * lanes, gdtu);
-    store<T>(gdt_rows + t * lanes, gdt);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kStates; ++i) {
-    store<T>(a.carry + (n0 + i) * lanes, carry[i]);
-    accumulate<T>(a.gA + (n0 + i) * lanes, gA[i]);
-    if constexpr (!kVariableB) accumulate<T>(gB_rows + i * lanes, gB[i]);
-    if constexpr (!kVariableC) accumulate<T>(gC_rows + i * lanes, gC[i]);
-  }
-}
-
-template <class T>
-struct Complex {
-  Vec<T> re, im;
-};
-template <class T>
-TRIFUSE_INLINE Complex<T> load_complex(const T* planes) {
-  return {load<T>(planes), load<T>(planes + kLanes<T>)};
-}
-template <class T>
-TRIFUSE_INLINE void store_complex(T* planes, Complex<T> x) {
-  store<T>(planes, x.re);
-  store<T>(planes + kLanes<T>, x.im);
-}
-template <class T>
-TRIFUSE_INLINE void accumulate_complex(T* planes, Complex<T> x) {
-  accumulate<T>(planes, x.re);
-  accumulate<T>(planes + kLanes<T>, x.im);
-}
-// conj(a) * b: gradients of complex numbers follow torch, d/d(re) + i d/d(im).
-template <class T>
-TRIFUSE_INLINE Complex<T> conj_times(Complex<T> a, Complex<T> b) {
-  return {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re};
-}
-
-template <class T, bool kVariableB, bool kVariableC, bool kOutput>
-void adjoint_complex_state(const AdjointLoop<T>& a, int64_t n) {
-  constexpr int64_t lanes = kLanes<T>, pair = 2 * lanes;
-  Complex<T> h = load_complex<T>(a.h + n * pair);
-  store_complex<T>(a.states, h);
-  for (int64_t s = 0; s < a.tile.count; ++s) {
-    const int64_t t = a.tile.row(s);
-    const Vec<T> dtu = load<T>(a.dtu + t * lanes);
-    Complex<T> decay, b, c;
-    complex_decay<T>(load<T>(a.dt + t * lanes), a.rates + n * pair, decay.re, decay.im);
-    complex_coefficient<T, kVariableB>(a.B, t, a.dstate, n, b.re, b.im);
-    h = {decay.re * h.re - decay.im * h.im + b.re * dtu, decay.re * h.im + decay.im * h.re + b.im * dtu};
-    store_complex<T>(a.decays + s * pair, decay);
-    store_complex<T>(a.states + (s + 1) * pair, h);
-    if constexpr (kOutput) {
-      complex_coefficient<T, kVariableC>(a.C, t, a.dstate, n, c.re, c.im);
-      accumulate<T>(a.y + t * lanes, splat(T(2)) * (c.re * h.re - c.im * h.im));
-    }
-  }
-  const Complex<T> rate = load_complex<T>(a.rates + n * pair);
-  Complex<T> carry = load_complex<T>(a.carry + n * pair), gA = {splat(T(0)), splat(T(0))};
-  for (int64_t s = a.tile.count; s-- > 0;) {
-    const int64_t t = a.tile.row(s);
-    const Vec<T> gy = splat(T(2)) * load<T>(a.gy + t * lanes);
-    const Vec<T> dt = load<T>(a.dt + t * lanes), dtu = load<T>(a.dtu + t * lanes);
-    Complex<T> b, c;
-    complex_coefficient<T, kVariableB>(a.B, t, a.dstate, n, b.re, b.im);
-    complex_coefficient<T, kVariableC>(a.C, t, a.dstate, n, c.re, c.im);
-    const Complex<T> g = {carry.re + gy * c.re, carry.im - gy * c.im};
-    const Complex<T> after = load_complex<T>(a.states + (s + 1) * pair);
-    accumulate_complex<T>(a.gC + (kVariableC ? t * a.dstate + n : n) * pair, {gy * after.re, -(gy * after.im)});
-    accumulate_complex<T>(a.gB + (kVariableB ? t * a.dstate + n : n) * pair, {g.re * dtu, g.im * dtu});
-    accumulate<T>(a.gdtu + t * lanes, conj_times<T>(b, g).re);
-    carry = conj_times<T>(load_complex<T>(a.decays + s * pair), g);
-    const Complex<T> q = conj_times<T>(load_complex<T>(a.states + s * pair), carry);
-    accumulate<T>(a.gdt + t * lanes, conj_times<T>(rate, q).re);
-    gA = {gA.re + q.re * dt, gA.im + q.im * dt};
-  }
-  store_complex<T>(a.carry + n * pair, carry);
-  accumulate_complex<T>(a.gA + n * pair, gA);
-}
-
-template <class T>
-constexpr int kAdjointStatesAtOnce = kVectorBytes == 64 ? 8 : 4;
-
-template <class T, bool kVariableB, bool kVariableC, bool kOutput>
-void adjoint_all_states(const AdjointLoop<T>& a, bool complex) {
-  int64_t n = 0;
-  if (complex) {
-    for (; n < a.dstate; ++n) adjoint_complex_state<T, kVariableB, kVariableC, kOutput>(a, n);
-    return;
-  }
-  constexpr int many = kAdjointStatesAtOnce<T>;
-  for (; n + many <= a.dstate; n += many) adjoint_states<T, many, kVariableB, kVariableC, kOutput>(a, n);
-  for (; n < a.dstate; ++n) adjoint_states<T, 1, kVariableB, kVariableC, kOutput>(a, n);
-}
-
-template <class T, bool kOutput>
-void adjoint_tile(const AdjointLoop<T>& a, const SelectiveScanParams& p) {
-  if (p.B.variable && p.C.variable) return adjoint_all_states<T, true, true, kOutput>(a, p.complex);
-  if (p.B.variable) return adjoint_all_states<T, true, false, kOutput>(a, p.complex);
-  if (p.C.variable) return adjoint_all_states<T, false, true, kOutput>(a, p.complex);
-  return adjoint_all_states<T, false, false, kOutput>(a, p.complex);
-}
 
 // Where the tasks leave what is summed over tasks: weights per batch item (or segment of time), and
 // variable B and C per share of a group, both in the workspace.
@@ -263,12 +64,8 @@ class BackwardTask {
     }
     for (T** row : {&gD_, &gbias_}) *row = scratch_.take<T>(blocks_ * kL);
     elapsed_ = scratch_.take<double>(blocks_ * kL);
-    for (T** rows : {&u_, &step_, &dt_, &dtu_, &y_, &slope_, &gy_, &gdtu_, &gdt_, &z_, &dout_}) {
-      *rows = scratch_.take<T>(kMaxTile * kL);
-    }
-    h_ = scratch_.take<T>(count_ * kL);
-    decays_ = scratch_.take<T>(kMaxTile * kAdjointStatesAtOnce<T> * 2 * kL);
-    states_ = scratch_.take<T>((kMaxTile + 1) * kAdjointStatesAtOnce<T> * 2 * kL);
+    rows_ = scratch_.take<AdjointRows<T>>(2);
+    for (T*& h : h_) h = scratch_.take<T>(count_ * kL);
     for (T** sums : {&gvariable_[0], &gvariable_[1]}) *sums = scratch_.take<T>(kMaxTile * count_ * kL);
     each_block([&](int64_t i, Block block) {
       load_rates<T>(p_, block, planes(rates_, i));
@@ -336,11 +133,10 @@ class BackwardTask {
 
  private:
   int64_t bytes() const {
-    const int64_t per_block = 7 * count_ + 4, rows = 11 * kMaxTile + count_;
-    const int64_t loop = (2 * kMaxTile + 1) * kAdjointStatesAtOnce<T> * 2;
-    return int64_t(sizeof(T)) * (2 * kMaxTile * count_ + kL * (blocks_ * per_block + rows + loop) +
+    const int64_t per_block = 7 * count_ + 4;
+    return int64_t(sizeof(T)) * (2 * kMaxTile * count_ + kL * (blocks_ * per_block + 2 * count_) +
                                  2 * kMaxTile * count_ * kL) +
-           blocks_ * int64_t(sizeof(Block)) + 4096;
+           2 * int64_t(sizeof(AdjointRows<T>)) + blocks_ * int64_t(sizeof(Block)) + 4096;
   }
   T* planes(T* base, int64_t i) const { return base + i * count_ * kL; }
 
@@ -365,60 +161,79 @@ class BackwardTask {
   template <bool kGradients>
   void run_tile(const Tile& tile, const Tile& next, const Sequence& seq) {
     int64_t groups[2] = {-1, -1};
-    each_block([&](int64_t i, Block block) {
-      look_ahead(i, tile, next);
-      prepare<kGradients>(tile, block, i);
-      AdjointLoop<T> loop;
-      loop.tile = tile;
-      loop.dstate = p_.dstate;
-      loop.dt = dt_;
-      loop.dtu = dtu_;
-      loop.y = y_;
-      loop.rates = planes(rates_, i);
-      loop.B = B_.get(block, tile, tile, planes(constants_[0], i));
-      loop.C = C_.get(block, tile, tile, planes(constants_[1], i));
-      loop.h = h_;
-      loop.ahead = nullptr;
-      loop.beside = &ahead_;
-      loop.gy = gy_;
-      loop.gdtu = gdtu_;
-      loop.gdt = gdt_;
-      loop.carry = planes(carry_, i);
-      loop.gA = planes(gA_, i);
-      loop.gB = p_.B.variable ? gvariable_[0] : planes(gconstants_[0], i);
-      loop.gC = p_.C.variable ? gvariable_[1] : planes(gconstants_[1], i);
-      loop.decays = decays_;
-      loop.states = states_;
-      if constexpr (!kGradients) {
-        carry_tile(loop);
-      } else {
-        enter_group(p_.B, 0, block, tile, groups);
-        enter_group(p_.C, 1, block, tile, groups);
-        if (tile.step == seq.first_step) {
-          load_state<T>(p_, p_.initial_state, seq.index, block, h_);
-        } else {
-          load_chunk_state<T>(p_, chunk_state<T>(p_, b_, tile.step / p_.chunk_size), block, h_);
-        }
-        if (p_.z.ptr) {
-          adjoint_tile<T, true>(loop, p_);
-        } else {
-          adjoint_tile<T, false>(loop, p_);
-        }
-        finish(tile, block, i);
+    for (int64_t i = 0, count; i < blocks_; i += count) {
+      count = kGradients ? blocks_at_once(i) : 1;
+      look_ahead(i, count, tile, next);
+      AdjointLoop<T> loops[2];
+      for (int64_t k = 0; k < count; ++k) {
+        prepare<kGradients>(tile, block_[i + k], i + k, rows_[k]);
+        loops[k] = loop_at(tile, i + k, rows_[k], h_[k]);
+        if (kGradients) enter_block(tile, seq, block_[i + k], h_[k], groups);
       }
-    });
+      if constexpr (!kGradients) {
+        carry_tile(loops[0]);
+      } else {
+        p_.z.ptr ? adjoint_tile<T, true>(loops, count, p_) : adjoint_tile<T, false>(loops, count, p_);
+        for (int64_t k = 0; k < count; ++k) finish(tile, block_[i + k], i + k, rows_[k]);
+      }
+    }
     if constexpr (kGradients) {
       store_group(p_.B, 0, groups[0], tile);
       store_group(p_.C, 1, groups[1], tile);
     }
   }
 
-  void look_ahead(int64_t i, const Tile& tile, const Tile& next) {
+  // How many blocks from the i-th on go through a tile together.
+  int64_t blocks_at_once(int64_t i) const {
+    if (p_.complex || !p_.B.variable || !p_.C.variable || i + 1 == blocks_) return 1;
+    for (const CoefView* view : {&p_.B, &p_.C}) {
+      if (group_of(*view, p_.dim, block_[i].first) != group_of(*view, p_.dim, block_[i + 1].first)) return 1;
+    }
+    return 2;
+  }
+
+  AdjointLoop<T> loop_at(const Tile& tile, int64_t i, AdjointRows<T>& rows, T* h) {
+    AdjointLoop<T> loop;
+    loop.tile = tile;
+    loop.dstate = p_.dstate;
+    loop.dt = rows.dt;
+    loop.dtu = rows.dtu;
+    loop.y = rows.y;
+    loop.rates = planes(rates_, i);
+    loop.B = B_.get(block_[i], tile, tile, planes(constants_[0], i));
+    loop.C = C_.get(block_[i], tile, tile, planes(constants_[1], i));
+    loop.h = h;
+    loop.ahead = nullptr;
+    loop.beside = &ahead_;
+    loop.rows = &rows;
+    loop.carry = planes(carry_, i);
+    loop.gA = planes(gA_, i);
+    loop.gB = p_.B.variable ? gvariable_[0] : planes(gconstants_[0], i);
+    loop.gC = p_.C.variable ? gvariable_[1] : planes(gconstants_[1], i);
+    return loop;
+  }
+
+  void enter_block(const Tile& tile, const Sequence& seq, Block block, T* h, int64_t* groups) {
+    enter_group(p_.B, 0, block, tile, groups);
+    enter_group(p_.C, 1, block, tile, groups);
+    if (tile.step == seq.first_step) {
+      load_state<T>(p_, p_.initial_state, seq.index, block, h);
+    } else {
+      load_chunk_state<T>(p_, chunk_state<T>(p_, b_, tile.step / p_.chunk_size), block, h);
+    }
+  }
+
+  void look_ahead(int64_t i, int64_t count, const Tile& tile, const Tile& next) {
     const SeqView* views[] = {&p_.u, &p_.delta, &p_.dout, &p_.z, &p_.du, &p_.ddelta, &p_.dz};
+    Block after{0, 0};
+    for (int64_t k = i + count; k < least(i + 2 * count, blocks_); ++k) {
+      if (!after.width) after.first = block_[k].first;
+      after.width += block_[k].width;
+    }
     ahead_.clear();
     for (int j = 0; j < 7; ++j) {
-      ahead_.template aim_at_rows<S>(j, *views[j], b_, begin_, end_, next, i, blocks_);
-      if (i + 1 < blocks_) ahead_.template aim_at_tile<S>(j, *views[j], b_, block_[i + 1], tile);
+      ahead_.template aim_at_rows<S>(j, *views[j], b_, begin_, end_, next, i, count, blocks_);
+      if (after.width) ahead_.template aim_at_tile<S>(j, *views[j], b_, after, tile);
     }
   }
 
@@ -439,62 +254,62 @@ class BackwardTask {
   }
 
   template <bool kGradients>
-  void prepare(const Tile& tile, Block block, int64_t i) {
-    load_tile<T, S>(p_.u, b_, block, tile, u_);
-    load_tile<T, S>(p_.delta, b_, block, tile, dt_);
-    load_tile<T, S>(p_.dout, b_, block, tile, dout_);
-    if (p_.z.ptr) load_tile<T, S>(p_.z, b_, block, tile, z_);
+  void prepare(const Tile& tile, Block block, int64_t i, AdjointRows<T>& rows) {
+    load_tile<T, S>(p_.u, b_, block, tile, rows.u);
+    load_tile<T, S>(p_.delta, b_, block, tile, rows.dt);
+    load_tile<T, S>(p_.dout, b_, block, tile, rows.dout);
+    if (p_.z.ptr) load_tile<T, S>(p_.z, b_, block, tile, rows.z);
     const Vec<T> bias = load_channels<T>(p_.delta_bias, block, T(0));
     const Vec<T> skip = load_channels<T>(p_.D, block, T(0));
     const Vec<T> zero = splat(T(0)), one = splat(T(1));
     for (int64_t t = 0; t < tile.count; ++t) {
       const int64_t row = t * kL;
-      const Vec<T> u = load<T>(u_ + row);
-      Softplus<T> dt{load<T>(dt_ + row) + bias, one};
+      const Vec<T> u = load<T>(rows.u + row);
+      Softplus<T> dt{load<T>(rows.dt + row) + bias, one};
       if (p_.delta_softplus) dt = softplus<T, kGradients>(dt.value);
       if constexpr (!kGradients) {
         for (int64_t j = 0; j < kL; ++j) elapsed_[i * kL + j] += double(dt.value[j]);
       }
-      Vec<T> gy = load<T>(dout_ + row);
+      Vec<T> gy = load<T>(rows.dout + row);
       if (p_.z.ptr) {
-        const Vec<T> z = load<T>(z_ + row);
+        const Vec<T> z = load<T>(rows.z + row);
         gy = gy * z * sigmoid<T>(z);
       }
-      store<T>(dtu_ + row, dt.value * u);
-      store<T>(step_ + row, dt.value);
-      store<T>(dt_ + row, p_.complex ? dt.value : decay_time<T>(dt.value));
-      store<T>(slope_ + row, dt.slope);
-      store<T>(gy_ + row, gy);
-      store<T>(y_ + row, p_.D ? skip * u : zero);
-      store<T>(gdtu_ + row, zero);
-      store<T>(gdt_ + row, zero);
+      store<T>(rows.dtu + row, dt.value * u);
+      store<T>(rows.step + row, dt.value);
+      store<T>(rows.dt + row, p_.complex ? dt.value : decay_time<T>(dt.value));
+      store<T>(rows.slope + row, dt.slope);
+      store<T>(rows.gy + row, gy);
+      store<T>(rows.y + row, p_.D ? skip * u : zero);
+      store<T>(rows.gdtu + row, zero);
+      store<T>(rows.gdt + row, zero);
     }
   }
 
   // From the gradients of dt * u, of the decay's dt and of y to those of the arguments.
-  void finish(const Tile& tile, Block block, int64_t i) {
+  void finish(const Tile& tile, Block block, int64_t i, AdjointRows<T>& rows) {
     const Vec<T> skip = load_channels<T>(p_.D, block, T(0));
     const Vec<T> one = splat(T(1));
     Vec<T> gD = splat(T(0)), gbias = splat(T(0));
     for (int64_t t = 0; t < tile.count; ++t) {
       const int64_t row = t * kL;
-      const Vec<T> u = load<T>(u_ + row), gy = load<T>(gy_ + row), gdtu = load<T>(gdtu_ + row);
+      const Vec<T> u = load<T>(rows.u + row), gy = load<T>(rows.gy + row), gdtu = load<T>(rows.gdtu + row);
       if (p_.z.ptr) {
-        const Vec<T> z = load<T>(z_ + row), s = sigmoid<T>(z);
-        store<T>(z_ + row, load<T>(dout_ + row) * load<T>(y_ + row) * s * (one + z * (one - s)));
+        const Vec<T> z = load<T>(rows.z + row), s = sigmoid<T>(z);
+        store<T>(rows.z + row, load<T>(rows.dout + row) * load<T>(rows.y + row) * s * (one + z * (one - s)));
       }
-      const Vec<T> gdelta = (load<T>(gdt_ + row) + gdtu * u) * load<T>(slope_ + row);
+      const Vec<T> gdelta = (load<T>(rows.gdt + row) + gdtu * u) * load<T>(rows.slope + row);
       gbias += gdelta;
       gD += gy * u;
-      store<T>(gdt_ + row, gdelta);
-      const Vec<T> gu = gdtu * load<T>(step_ + row);
-      store<T>(u_ + row, p_.D ? gu + skip * gy : gu);
+      store<T>(rows.gdt + row, gdelta);
+      const Vec<T> gu = gdtu * load<T>(rows.step + row);
+      store<T>(rows.u + row, p_.D ? gu + skip * gy : gu);
     }
     accumulate<T>(gD_ + i * kL, gD);
     accumulate<T>(gbias_ + i * kL, gbias);
-    store_tile<T, S>(p_.du, b_, block, tile, u_);
-    store_tile<T, S>(p_.ddelta, b_, block, tile, gdt_);
-    if (p_.z.ptr) store_tile<T, S>(p_.dz, b_, block, tile, z_);
+    store_tile<T, S>(p_.du, b_, block, tile, rows.u);
+    store_tile<T, S>(p_.ddelta, b_, block, tile, rows.gdt);
+    if (p_.z.ptr) store_tile<T, S>(p_.dz, b_, block, tile, rows.z);
   }
 
   // Only the carried gradient, for the first pass over segments of time.
@@ -502,7 +317,7 @@ class BackwardTask {
     for (int64_t n = 0; n < p_.dstate; ++n) {
       for (int64_t s = a.tile.count; s-- > 0;) {
         const int64_t t = a.tile.row(s);
-        const Vec<T> gy = load<T>(a.gy + t * kL), dt = load<T>(a.dt + t * kL);
+        const Vec<T> gy = load<T>(a.rows->gy + t * kL), dt = load<T>(a.dt + t * kL);
         if (p_.complex) {
           Complex<T> c, decay;
           const Complex<T> carry = load_complex<T>(a.carry + 2 * n * kL);
@@ -532,7 +347,8 @@ class BackwardTask {
   T *rates_, *carry_, *gA_, *constants_[2], *gconstants_[2], *gD_, *gbias_;
   double* elapsed_;
   Block* block_;
-  T *u_, *step_, *dt_, *dtu_, *y_, *slope_, *gy_, *gdtu_, *gdt_, *z_, *dout_, *h_, *decays_, *states_, *gvariable_[2];
+  AdjointRows<T>* rows_;
+  T *h_[2], *gvariable_[2];
   bool restarted_ = false;
   Ahead<7> ahead_;
 };

@@ -262,7 +262,7 @@ class ForwardTask {
       const SeqView* views[] = {&p_.u, &p_.delta, &p_.z, &p_.out};
       ahead_.clear();
       for (int j = 0; j < 4; ++j) {
-        ahead_.template aim_at_rows<S>(j, *views[j], b_, begin_, end_, next, i, blocks_);
+        ahead_.template aim_at_rows<S>(j, *views[j], b_, begin_, end_, next, i, 1, blocks_);
         if (step < last) {
           ahead_.template aim_at_tile<S>(j, *views[j], b_, block, tile_at(p_, step, last));
         } else if (i + 1 < blocks_) {

@@ -15,10 +15,12 @@ constexpr int64_t kMaxTile = 64;      // steps a tile buffer can hold, and the l
 constexpr int64_t kForwardTile = 32;  // steps per tile when no chunk states are asked for
 constexpr int64_t kMaxSpan = 512;     // steps that a forward task takes one block through before the next
 
-// Aligned scratch that a task carves up.
+// Aligned scratch that a task carves up. Arrays do not lie a multiple of 4096 bytes apart: their rows would
+// share a set of the first cache, and a load from one would wait for a store to another.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : base_(static_cast<char*>(std::aligned_alloc(64, (bytes + 4159) & ~63))) {
+  explicit Scratch(int64_t bytes)
+      : base_(static_cast<char*>(std::aligned_alloc(64, (bytes + kMaxArrays * (kGap + 64) + 63) & ~63))) {
     if (!base_) throw std::bad_alloc();
     next_ = base_;
   }
@@ -28,11 +30,12 @@ class Scratch {
   template <class T>
   T* take(int64_t count) {
     T* p = reinterpret_cast<T*>(next_);
-    next_ += (count * int64_t(sizeof(T)) + 63) & ~int64_t(63);
+    next_ += ((count * int64_t(sizeof(T)) + 63) & ~int64_t(63)) + kGap;
     return p;
   }
 
  private:
+  static constexpr int64_t kGap = 5 * 64, kMaxArrays = 64;
   char *base_, *next_;
 };
 
@@ -163,7 +166,7 @@ class Ahead {
   Ahead() { clear(); }
   void clear() {
     inner_ = 1;
-    at_ = 0;
+    at_ = left_ = 0;
     for (int i = 0; i < kStreams; ++i) {
       next_[i] = reinterpret_cast<const char*>(this);
       near_[i] = jump_[i] = 0;
@@ -175,26 +178,33 @@ class Ahead {
   void aim_at_tile(int stream, const SeqView& view, int64_t b, Block block, const Tile& tile) {
     if (!view.ptr || view.time != 1 || tile.count <= 0) return;
     const S* first = static_cast<const S*>(view.ptr) + b * view.batch + block.first * view.dim + tile.position;
-    aim(stream, first, block.width, view.dim * int64_t(sizeof(S)), 64, 0);
+    const int64_t lines = tile.count * int64_t(sizeof(S)) / 64 + 1;
+    aim(stream, first, block.width, view.dim * int64_t(sizeof(S)), 64, 0, lines * block.width);
   }
 
-  // Channels contiguous: share i of `shares` of channels [begin, end) of a tile. Line after line along
-  // a row: every page is asked for once.
+  // Channels contiguous: shares i .. i + count of `shares` of channels [begin, end) of a tile. Line after
+  // line along a row: every page is asked for once.
   template <class S>
   void aim_at_rows(int stream, const SeqView& view, int64_t b, int64_t begin, int64_t end, const Tile& tile, int64_t i,
-                   int64_t shares) {
+                   int64_t count, int64_t shares) {
     if (!view.ptr || view.dim != 1 || tile.count <= 0) return;
     const S* first = static_cast<const S*>(view.ptr) + b * view.batch + tile.position * view.time + begin;
     const int64_t lines = divide_up((end - begin) * int64_t(sizeof(S)), 64);
-    aim(stream, first, lines, 64, view.time * int64_t(sizeof(S)), i * tile.count * lines / shares);
+    const int64_t from = i * tile.count * lines / shares, to = (i + count) * tile.count * lines / shares;
+    aim(stream, first, lines, 64, view.time * int64_t(sizeof(S)), from, to - from);
   }
 
   TRIFUSE_INLINE void step() {
+    if (left_ <= 0) return;
+    --left_;
     const bool wrap = ++at_ >= inner_;
 #pragma GCC unroll 8
     for (int i = 0; i < kStreams; ++i) {
-      __builtin_prefetch(next_[i], 0, 2);
-      next_[i] += near_[i];
+      const char* line = next_[i];
+      __builtin_prefetch(line, 0, 2);
+      line += near_[i];
+      asm("" : "+r"(line));  // pointers kept in vectors would take the ports that the scan needs
+      next_[i] = line;
     }
     if (wrap) {
       at_ = 0;
@@ -204,7 +214,8 @@ class Ahead {
   }
 
  private:
-  void aim(int stream, const void* first, int64_t inner, int64_t near, int64_t far, int64_t from) {
+  void aim(int stream, const void* first, int64_t inner, int64_t near, int64_t far, int64_t from, int64_t lines) {
+    left_ = lines;
     inner_ = inner;
     at_ = from % inner;
     next_[stream] = static_cast<const char*>(first) + from / inner * far + at_ * near;
@@ -212,7 +223,7 @@ class Ahead {
     jump_[stream] = far - inner * near;
   }
   const char* next_[kStreams];
-  int64_t near_[kStreams], jump_[kStreams], inner_, at_;
+  int64_t near_[kStreams], jump_[kStreams], inner_, at_, left_;
 };
 
 template <class T, class S>

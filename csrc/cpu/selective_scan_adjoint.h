@@ -16,7 +16,7 @@ template <class T>
 struct AdjointRows {
   static constexpr int64_t kGap = 320 / sizeof(T), kRows = kMaxTile * kLanes<T> + kGap;
   static constexpr int64_t kLoop = (kMaxTile + 1) * kAdjointStatesAtOnce<T> * kLanes<T> + kGap;
-  T u[kRows], step[kRows], dt[kRows], dtu[kRows], y[kRows], slope[kRows], z[kRows], dout[kRows];
+  T u[kRows], step[kRows], dt[kRows], dtu[kRows], y[kRows], slope[kRows], z[kRows], gate[kRows], dout[kRows];
   T gy[kRows];      // gradient of y
   T gdtu[kRows];    // accumulated: gradient of dt * u
   T gdt[kRows];     // accumulated: gradient of dt through the decay
@@ -29,9 +29,9 @@ template <class T>
 struct AdjointLoop : StateLoop<T> {
   Ahead<7>* beside;  // what to ask the cache for meanwhile
   AdjointRows<T>* rows;
-  T* carry;          // [n][lane], in and out
-  T* gA;             // [n][lane], accumulated; for real A in units of log2(e), those of dt
-  T* gB;             // [t][n][lane] or [n][lane], accumulated
+  T* carry;  // [n][lane], in and out
+  T* gA;     // [n][lane], accumulated; for real A in units of log2(e), those of dt
+  T* gB;     // [t][n][lane] or [n][lane], accumulated
   T* gC;
 };
 

@@ -54,9 +54,18 @@ class BackwardTask {
  public:
   BackwardTask(const SelectiveScanBwdParams& p, const Partials<T>& partials, int64_t b, int64_t begin, int64_t end,
                int64_t share)
-      : p_(p), partials_(partials), b_(b), begin_(begin), end_(end), share_(share),
-        count_(p.dstate * (p.complex ? 2 : 1)), blocks_(block_count(p, begin, end, kL)), scratch_(bytes()),
-        B_(p, p.B, b, scratch_.take<T>(kMaxTile * count_)), C_(p, p.C, b, scratch_.take<T>(kMaxTile * count_)) {
+      : p_(p),
+        partials_(partials),
+        b_(b),
+        begin_(begin),
+        end_(end),
+        share_(share),
+        count_(p.dstate * (p.complex ? 2 : 1)),
+        blocks_(block_count(p, begin, end, kL)),
+        span_(span_steps(p, count_)),
+        scratch_(bytes()),
+        B_(p, p.B, b, scratch_.take<T>(span_ * count_)),
+        C_(p, p.C, b, scratch_.take<T>(span_ * count_)) {
     block_ = scratch_.take<Block>(blocks_);
     for (int64_t i = 0, c = begin; i < blocks_; c += block_[i++].width) block_[i] = block_at(p, c, end, kL);
     for (T** planes : {&rates_, &carry_, &gA_, &constants_[0], &constants_[1], &gconstants_[0], &gconstants_[1]}) {
@@ -66,7 +75,7 @@ class BackwardTask {
     elapsed_ = scratch_.take<double>(blocks_ * kL);
     rows_ = scratch_.take<AdjointRows<T>>(2);
     for (T*& h : h_) h = scratch_.take<T>(count_ * kL);
-    for (T** sums : {&gvariable_[0], &gvariable_[1]}) *sums = scratch_.take<T>(kMaxTile * count_ * kL);
+    for (T** sums : {&gvariable_[0], &gvariable_[1]}) *sums = scratch_.take<T>(span_ * count_ * kL);
     each_block([&](int64_t i, Block block) {
       load_rates<T>(p_, block, planes(rates_, i));
       if (!p_.B.variable) load_lanes<T>(static_cast<const T*>(p_.B.ptr), count_, block, planes(constants_[0], i));
@@ -91,9 +100,8 @@ class BackwardTask {
       if (from >= to) continue;
       if (to == seq.last_step) restart(seq);
       for (int64_t end = to; end > from;) {
-        const int64_t start = most(from, (end - 1) / p_.chunk_size * p_.chunk_size);
-        const int64_t before = most(from, start - p_.chunk_size);
-        run_tile<kGradients>(tile_at(p_, start, end), span_at(p_, before, start), seq);
+        const int64_t start = most(from, (end - 1) / span_ * span_), before = most(from, start - span_);
+        run_span<kGradients>(span_at(p_, start, end), span_at(p_, before, start), seq);
         end = start;
       }
       if (from == seq.first_step) finish_sequence<kGradients>(seq);
@@ -134,8 +142,7 @@ class BackwardTask {
  private:
   int64_t bytes() const {
     const int64_t per_block = 7 * count_ + 4;
-    return int64_t(sizeof(T)) * (2 * kMaxTile * count_ + kL * (blocks_ * per_block + 2 * count_) +
-                                 2 * kMaxTile * count_ * kL) +
+    return int64_t(sizeof(T)) * (2 * span_ * count_ * (1 + kL) + kL * (blocks_ * per_block + 2 * count_)) +
            2 * int64_t(sizeof(AdjointRows<T>)) + blocks_ * int64_t(sizeof(Block)) + 4096;
   }
   T* planes(T* base, int64_t i) const { return base + i * count_ * kL; }
@@ -153,33 +160,62 @@ class BackwardTask {
   template <bool kGradients>
   void finish_sequence(const Sequence& seq) {
     if (!kGradients || !p_.dinitial_state) return;
-    each_block([&](int64_t i, Block block) {
-      store_state<T>(p_, p_.dinitial_state, seq.index, block, planes(carry_, i));
-    });
+    each_block(
+        [&](int64_t i, Block block) { store_state<T>(p_, p_.dinitial_state, seq.index, block, planes(carry_, i)); });
+  }
+
+  // As in the forward pass, a block is taken through many tiles before the next if neighbours in memory are
+  // neighbours in time; the sums of dB and dC over the channels are then kept for all of these tiles.
+  static int64_t span_steps(const SelectiveScanBwdParams& p, int64_t count) {
+    if (p.u.time != 1) return p.chunk_size;
+    constexpr int64_t sums = 1 << 13;  // of dB and of dC each that a span may hold
+    return most(least(kMaxSpan, sums / most(count, 1)) / p.chunk_size, 1) * p.chunk_size;
   }
 
   template <bool kGradients>
-  void run_tile(const Tile& tile, const Tile& next, const Sequence& seq) {
+  void run_span(const Tile& span, const Tile& next, const Sequence& seq) {
     int64_t groups[2] = {-1, -1};
     for (int64_t i = 0, count; i < blocks_; i += count) {
       count = kGradients ? blocks_at_once(i) : 1;
-      look_ahead(i, count, tile, next);
-      AdjointLoop<T> loops[2];
-      for (int64_t k = 0; k < count; ++k) {
-        prepare<kGradients>(tile, block_[i + k], i + k, rows_[k]);
-        loops[k] = loop_at(tile, i + k, rows_[k], h_[k]);
-        if (kGradients) enter_block(tile, seq, block_[i + k], h_[k], groups);
-      }
-      if constexpr (!kGradients) {
-        carry_tile(loops[0]);
-      } else {
-        p_.z.ptr ? adjoint_tile<T, true>(loops, count, p_) : adjoint_tile<T, false>(loops, count, p_);
-        for (int64_t k = 0; k < count; ++k) finish(tile, block_[i + k], i + k, rows_[k]);
+      for (int64_t end = span.step + span.count; end > span.step;) {
+        const Tile tile = tile_before(span, end);
+        look_ahead(i, count, span, tile, next);
+        run_tile<kGradients>(i, count, span, tile, seq, groups);
+        end = tile.step;
       }
     }
     if constexpr (kGradients) {
-      store_group(p_.B, 0, groups[0], tile);
-      store_group(p_.C, 1, groups[1], tile);
+      store_group(p_.B, 0, groups[0], span);
+      store_group(p_.C, 1, groups[1], span);
+    }
+  }
+
+  // The tile of a span that ends before step `end`.
+  Tile tile_before(const Tile& span, int64_t end) const {
+    return tile_at(p_, most(span.step, (end - 1) / p_.chunk_size * p_.chunk_size), end);
+  }
+
+  template <bool kGradients>
+  void run_tile(int64_t i, int64_t count, const Tile& span, const Tile& tile, const Sequence& seq, int64_t* groups) {
+    AdjointLoop<T> loops[2];
+    for (int64_t k = 0; k < count; ++k) {
+      const Block block = block_[i + k];
+      prepare<kGradients>(tile, block, i + k, rows_[k]);
+      loops[k] = loop_at(span, tile, i + k, rows_[k], h_[k]);
+      if constexpr (!kGradients) continue;
+      enter_group(p_.B, 0, block, span, groups);
+      enter_group(p_.C, 1, block, span, groups);
+      if (tile.step == seq.first_step) {
+        load_state<T>(p_, p_.initial_state, seq.index, block, h_[k]);
+      } else {
+        load_chunk_state<T>(p_, chunk_state<T>(p_, b_, tile.step / p_.chunk_size), block, h_[k]);
+      }
+    }
+    if constexpr (!kGradients) {
+      carry_tile(loops[0]);
+    } else {
+      p_.z.ptr ? adjoint_tile<T, true>(loops, count, p_) : adjoint_tile<T, false>(loops, count, p_);
+      for (int64_t k = 0; k < count; ++k) finish(tile, block_[i + k], i + k, rows_[k]);
     }
   }
 
@@ -192,7 +228,8 @@ class BackwardTask {
     return 2;
   }
 
-  AdjointLoop<T> loop_at(const Tile& tile, int64_t i, AdjointRows<T>& rows, T* h) {
+  AdjointLoop<T> loop_at(const Tile& span, const Tile& tile, int64_t i, AdjointRows<T>& rows, T* h) {
+    const int64_t from = (tile.position - span.position) * count_ * kL;
     AdjointLoop<T> loop;
     loop.tile = tile;
     loop.dstate = p_.dstate;
@@ -200,40 +237,35 @@ class BackwardTask {
     loop.dtu = rows.dtu;
     loop.y = rows.y;
     loop.rates = planes(rates_, i);
-    loop.B = B_.get(block_[i], tile, tile, planes(constants_[0], i));
-    loop.C = C_.get(block_[i], tile, tile, planes(constants_[1], i));
+    loop.B = B_.get(block_[i], span, tile, planes(constants_[0], i));
+    loop.C = C_.get(block_[i], span, tile, planes(constants_[1], i));
     loop.h = h;
     loop.ahead = nullptr;
     loop.beside = &ahead_;
     loop.rows = &rows;
     loop.carry = planes(carry_, i);
     loop.gA = planes(gA_, i);
-    loop.gB = p_.B.variable ? gvariable_[0] : planes(gconstants_[0], i);
-    loop.gC = p_.C.variable ? gvariable_[1] : planes(gconstants_[1], i);
+    loop.gB = p_.B.variable ? gvariable_[0] + from : planes(gconstants_[0], i);
+    loop.gC = p_.C.variable ? gvariable_[1] + from : planes(gconstants_[1], i);
     return loop;
   }
 
-  void enter_block(const Tile& tile, const Sequence& seq, Block block, T* h, int64_t* groups) {
-    enter_group(p_.B, 0, block, tile, groups);
-    enter_group(p_.C, 1, block, tile, groups);
-    if (tile.step == seq.first_step) {
-      load_state<T>(p_, p_.initial_state, seq.index, block, h);
-    } else {
-      load_chunk_state<T>(p_, chunk_state<T>(p_, b_, tile.step / p_.chunk_size), block, h);
-    }
+  // The channels of `count` blocks from the i-th on.
+  Block joined(int64_t i, int64_t count) const {
+    if (i >= blocks_) return {0, 0};
+    const Block last = block_[least(i + count, blocks_) - 1];
+    return {block_[i].first, last.first + last.width - block_[i].first};
   }
 
-  void look_ahead(int64_t i, int64_t count, const Tile& tile, const Tile& next) {
+  void look_ahead(int64_t i, int64_t count, const Tile& span, const Tile& tile, const Tile& next) {
     const SeqView* views[] = {&p_.u, &p_.delta, &p_.dout, &p_.z, &p_.du, &p_.ddelta, &p_.dz};
-    Block after{0, 0};
-    for (int64_t k = i + count; k < least(i + 2 * count, blocks_); ++k) {
-      if (!after.width) after.first = block_[k].first;
-      after.width += block_[k].width;
-    }
+    const bool same = tile.step > span.step;  // the same blocks have tiles left in the span
+    const Block block = same ? joined(i, count) : joined(i + count, count);
+    const Tile after = tile_before(span, same ? tile.step : span.step + span.count);
     ahead_.clear();
     for (int j = 0; j < 7; ++j) {
       ahead_.template aim_at_rows<S>(j, *views[j], b_, begin_, end_, next, i, count, blocks_);
-      if (after.width) ahead_.template aim_at_tile<S>(j, *views[j], b_, after, tile);
+      if (block.width) ahead_.template aim_at_tile<S>(j, *views[j], b_, block, after);
     }
   }
 
@@ -273,7 +305,9 @@ class BackwardTask {
       Vec<T> gy = load<T>(rows.dout + row);
       if (p_.z.ptr) {
         const Vec<T> z = load<T>(rows.z + row);
-        gy = gy * z * sigmoid<T>(z);
+        const Vec<T> gate = sigmoid<T>(z);
+        store<T>(rows.gate + row, gate);
+        gy = gy * z * gate;
       }
       store<T>(rows.dtu + row, dt.value * u);
       store<T>(rows.step + row, dt.value);
@@ -295,7 +329,7 @@ class BackwardTask {
       const int64_t row = t * kL;
       const Vec<T> u = load<T>(rows.u + row), gy = load<T>(rows.gy + row), gdtu = load<T>(rows.gdtu + row);
       if (p_.z.ptr) {
-        const Vec<T> z = load<T>(rows.z + row), s = sigmoid<T>(z);
+        const Vec<T> z = load<T>(rows.z + row), s = load<T>(rows.gate + row);
         store<T>(rows.z + row, load<T>(rows.dout + row) * load<T>(rows.y + row) * s * (one + z * (one - s)));
       }
       const Vec<T> gdelta = (load<T>(rows.gdt + row) + gdtu * u) * load<T>(rows.slope + row);
@@ -341,7 +375,7 @@ class BackwardTask {
 
   const SelectiveScanBwdParams& p_;
   const Partials<T>& partials_;
-  const int64_t b_, begin_, end_, share_, count_, blocks_;
+  const int64_t b_, begin_, end_, share_, count_, blocks_, span_;
   Scratch scratch_;
   CoefficientSpan<T, S> B_, C_;
   T *rates_, *carry_, *gA_, *constants_[2], *gconstants_[2], *gD_, *gbias_;

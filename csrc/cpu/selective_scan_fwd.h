@@ -19,7 +19,7 @@ struct StateLoop {
   const T* rates;  // [n][lane]
   const T* B;      // [t][n], or [n][lane]
   const T* C;
-  T* h;            // [n][lane], in and out
+  T* h;                   // [n][lane], in and out
   const Ahead<4>* ahead;  // what to ask the cache for meanwhile
 };
 
@@ -41,7 +41,8 @@ void scan_states(const StateLoop<T>& a, int64_t n0) {
   const int64_t count = a.tile.count, forward = a.tile.reverse ? -1 : 1;
   const int64_t next_B = kVariableB ? a.dstate : 0, next_C = kVariableC ? a.dstate : 0;
   const T *rates = a.rates + n0 * lanes, *dt_rows = a.dt, *dtu_rows = a.dtu;
-  const T *B = coefficients_from<T, kVariableB>(a.B, n0), *C = kOutput ? coefficients_from<T, kVariableC>(a.C, n0) : nullptr;
+  const T *B = coefficients_from<T, kVariableB>(a.B, n0),
+          *C = kOutput ? coefficients_from<T, kVariableC>(a.C, n0) : nullptr;
   T* y_rows = a.y;
   Vec<T> h[kStates];
 #pragma GCC unroll 16
@@ -170,9 +171,16 @@ class ForwardTask {
 
  public:
   ForwardTask(const SelectiveScanParams& p, int64_t b, int64_t begin, int64_t end)
-      : p_(p), b_(b), begin_(begin), end_(end), count_(p.dstate * (p.complex ? 2 : 1)),
-        blocks_(block_count(p, begin, end, kL)), span_(span_steps(p)), scratch_(bytes()),
-        B_(p, p.B, b, scratch_.take<T>(span_ * count_)), C_(p, p.C, b, scratch_.take<T>(span_ * count_)) {
+      : p_(p),
+        b_(b),
+        begin_(begin),
+        end_(end),
+        count_(p.dstate * (p.complex ? 2 : 1)),
+        blocks_(block_count(p, begin, end, kL)),
+        span_(span_steps(p)),
+        scratch_(bytes()),
+        B_(p, p.B, b, scratch_.take<T>(span_ * count_)),
+        C_(p, p.C, b, scratch_.take<T>(span_ * count_)) {
     block_ = scratch_.take<Block>(blocks_);
     for (int64_t i = 0, c = begin; i < blocks_; c += block_[i++].width) block_[i] = block_at(p, c, end, kL);
     h_ = scratch_.take<T>(blocks_ * count_ * kL);
@@ -278,12 +286,19 @@ class ForwardTask {
     if (kOutput && p_.chunk_size && tile.step % p_.chunk_size == 0) {
       save_chunk_state<T>(p_, chunk_state<T>(p_, b_, tile.step / p_.chunk_size), block, h(i));
     }
-    const bool direct = block.width == kL && p_.u.dim == 1 && p_.delta.dim == 1 && (!p_.z.ptr || p_.z.dim == 1) &&
-                        p_.out.dim == 1;
+    const bool direct =
+        block.width == kL && p_.u.dim == 1 && p_.delta.dim == 1 && (!p_.z.ptr || p_.z.dim == 1) && p_.out.dim == 1;
     direct ? prepare<kOutput, true>(tile, block, i) : prepare<kOutput, false>(tile, block, i);
-    StateLoop<T> loop{tile, p_.dstate, dt_, dtu_, y_, rates_ + i * count_ * kL,
+    StateLoop<T> loop{tile,
+                      p_.dstate,
+                      dt_,
+                      dtu_,
+                      y_,
+                      rates_ + i * count_ * kL,
                       B_.get(block, span, tile, constant(0, i)),
-                      kOutput ? C_.get(block, span, tile, constant(1, i)) : nullptr, h(i), &ahead_};
+                      kOutput ? C_.get(block, span, tile, constant(1, i)) : nullptr,
+                      h(i),
+                      &ahead_};
     scan_tile<T, kOutput>(loop, p_);
     if constexpr (kOutput) direct ? finish<true>(tile, block) : finish<false>(tile, block);
   }

@@ -259,8 +259,8 @@ void load_coefficient(const SelectiveScanParams& p, const CoefView& view, int64_
                       T* values) {
   const int64_t n = p.dstate;
   if (p.complex) {
-    const T* base = static_cast<const T*>(view.ptr) +
-                    2 * (b * view.batch + group * view.group + tile.position * view.time);
+    const T* base =
+        static_cast<const T*>(view.ptr) + 2 * (b * view.batch + group * view.group + tile.position * view.time);
     for (int64_t t = 0; t < tile.count; ++t) {
       for (int64_t i = 0; i < n; ++i) {
         const T* z = base + 2 * (t * view.time + i * view.state);

@@ -55,6 +55,7 @@ class CMakeBuild(build_ext):
             f"-DTRIFUSE_TORCH_LIB={torch / 'lib'}",
             f"-DTRIFUSE_TORCH_VERSION={version}",
             f"-DTRIFUSE_BUILD_CUDA={cuda_choice()}",
+            f"-DTRIFUSE_BUILD_EMULATED={'ON' if self.editable_mode else 'OFF'}",  # only the tests use it
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={self.pybind11_folder()}",
         ]  # fmt: skip

@@ -381,6 +381,24 @@ def test_a_checkpointed_block_has_the_same_gradients(use_reentrant):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+@pytest.mark.parametrize("length", [0, LENGTH])
+@pytest.mark.parametrize(("device", "backend"), EVERY)
+def test_results_may_be_changed_in_place(device, backend, length, layout):
+    arguments = served(device, backend, layout=layout, length=length)
+    before = arguments["initial_state"].detach().clone()
+
+    def grads(results):
+        outs = [x.sum() for x in results]
+        return torch.autograd.grad(outs, gradients_of(arguments), allow_unused=True, materialize_grads=True)
+
+    with trifuse.backend(backend):
+        expected = grads([3 * x for x in scan(arguments)])
+        found = grads([x.mul_(3) for x in scan(arguments)])
+    assert torch.equal(arguments["initial_state"], before)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(("device", "backend"), NATIVE)
 def test_a_second_derivative_of_a_native_kernel_is_refused_by_name(device, backend):
     arguments = served(device, backend)

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -69,11 +70,17 @@ inline CoefView coefficient_view(const Tensor& t) {
   return view;
 }
 
-// Uninitialised (batch, dim, seqlen), in memory (batch, seqlen, dim) if bld.
+// Uninitialised (batch, dim, seqlen), in memory (batch, seqlen, dim) if bld. Strides are asked for, not made
+// by a transposition: autograd forbids changing an output in place that is a view.
 inline Tensor empty_sequence(const Tensor& like, bool bld) {
   const int64_t batch = like.size(0), dim = like.size(1), seqlen = like.size(2);
   if (!bld) return empty({batch, dim, seqlen}, like.scalar_type(), like);
-  return torch::stable::transpose(empty({batch, seqlen, dim}, like.scalar_type(), like), 1, 2);
+  using torch::stable::detail::from;
+  const std::vector<int64_t> size{batch, dim, seqlen}, stride{dim * seqlen, 1, dim};
+  std::array<StableIValue, 7> stack{from(like),         from(size),         from(stride),      from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Uninitialised, for the gradient of B or C: in memory (batch, seqlen, groups, dstate) if bld.

@@ -92,7 +92,7 @@ def selective_scan(
         y = y + D.to(real)[:, None] * x
     if z is not None:
         y = y * F.silu(z.to(real))
-    return y.to(u.dtype), last_state
+    return y.to(u.dtype), last_state.clone()  # the caller may change it in place; the graph, or initial_state, may not
 
 
 def _per_channel(coef: Tensor, dim: int) -> Tensor:

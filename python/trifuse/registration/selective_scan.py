@@ -47,7 +47,8 @@ def accumulation_dtype(call_or_u: Tensor, complex: bool = False) -> torch.dtype:
 def empty_sequence(like: Tensor, bld: bool) -> Tensor:
     """An uninitialised (B, D, L) tensor, in memory (B, L, D) if `bld`."""
     batch, dim, seqlen = like.shape
-    return like.new_empty((batch, seqlen, dim)).transpose(1, 2) if bld else like.new_empty((batch, dim, seqlen))
+    # A transposed tensor would be a view, which autograd forbids to change in place when an op returns it.
+    return like.new_empty_strided((batch, dim, seqlen), (dim * seqlen, 1, dim) if bld else (dim * seqlen, seqlen, 1))
 
 
 def empty_coefficient(coef: Tensor, dtype: torch.dtype, bld: bool) -> Tensor:

@@ -13,7 +13,8 @@ from scan_cases import cast, compare, eager_errors, error, output_gradients, run
 
 import trifuse
 from trifuse import reference
-from trifuse.ops.selective_scan import prepare, prepare_update
+from trifuse.ops.selective_scan import prepare
+from trifuse.ops.selective_state_update import prepare_update
 from trifuse.registration import selective_scan as registration
 
 LIBRARY = Path(trifuse.__file__).parent / "lib" / "libtrifuse_emulated.so"

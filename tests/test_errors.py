@@ -8,7 +8,8 @@ import torch
 
 import trifuse
 from trifuse.backends import NAMES
-from trifuse.ops.selective_scan import SCAN, UPDATE, prepare, prepare_update
+from trifuse.ops.selective_scan import SCAN, prepare
+from trifuse.ops.selective_state_update import UPDATE, prepare_update
 
 BATCH, DIM, LENGTH, STATE, PACKED = 2, 6, 5, 3, 2
 

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import trifuse
 from trifuse.nn import InferenceParams, Mamba
-from trifuse.ops.selective_scan import SCAN, prepare, prepare_update
+from trifuse.ops.selective_scan import SCAN, prepare
+from trifuse.ops.selective_state_update import prepare_update
 from trifuse.registration.selective_scan import CHUNK_SIZE
 
 BATCH, DIM, LENGTH, STATE = 2, 6, 5, 3

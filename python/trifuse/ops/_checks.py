@@ -7,6 +7,8 @@ from torch import Tensor
 
 from trifuse._library import values_are_known
 
+SEQUENCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

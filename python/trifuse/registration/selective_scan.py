@@ -210,11 +210,10 @@ def _triton_refusals(call: Any) -> list[str]:
     return reasons + _gpu_refusals(call, "triton")
 
 
-def register_backends(scan: Op, update: Op) -> None:
-    for op in (scan, update):
-        op.backend("cpp", _cpp_refusals)
-        op.backend("cuda", _cuda_refusals)
-        op.backend("triton", _triton_refusals)
+def register_backends(op: Op) -> None:
+    op.backend("cpp", _cpp_refusals)
+    op.backend("cuda", _cuda_refusals)
+    op.backend("triton", _triton_refusals)
 
 
 # Steps of time between two saved states, per backend.

@@ -7,8 +7,8 @@
 
 namespace trifuse::cpu {
 
-#define TRIFUSE_DECLARE(name)  \
-  namespace name {             \
+#define TRIFUSE_DECLARE(name)   \
+  namespace name {              \
   extern const Kernels kernels; \
   }
 #if defined(__x86_64__)

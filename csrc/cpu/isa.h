@@ -21,9 +21,8 @@ void parallel(const Threads& threads, int64_t n, const Body& body) {
   if (n == 1 || threads.count == 1) {
     body(int64_t(0), n);
   } else if (n > 1) {
-    threads.run(threads.context, n, const_cast<Body*>(&body), [](void* self, int64_t begin, int64_t end) {
-      (*static_cast<const Body*>(self))(begin, end);
-    });
+    threads.run(threads.context, n, const_cast<Body*>(&body),
+                [](void* self, int64_t begin, int64_t end) { (*static_cast<const Body*>(self))(begin, end); });
   }
 }
 

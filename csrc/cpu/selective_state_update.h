@@ -23,10 +23,13 @@ void update_channels(const StateUpdateParams& p, int64_t b, int64_t h, int64_t f
     for (int64_t i = 0; i < count; ++i) out[i] = scalar_from<S, T>(T(0));
     return;
   }
-  const Vec<T> x = load_strided<T>(static_cast<const S*>(p.x) + b * p.x_batch + h * p.x_head + first * p.x_dim, p.x_dim, count);
-  Vec<T> dt = load_strided<T>(static_cast<const S*>(p.dt) + b * p.dt_batch + h * p.dt_head + first * p.dt_dim, p.dt_dim, count);
+  const Vec<T> x =
+      load_strided<T>(static_cast<const S*>(p.x) + b * p.x_batch + h * p.x_head + first * p.x_dim, p.x_dim, count);
+  Vec<T> dt =
+      load_strided<T>(static_cast<const S*>(p.dt) + b * p.dt_batch + h * p.dt_head + first * p.dt_dim, p.dt_dim, count);
   if (p.dt_bias) {
-    dt += load_strided<T>(static_cast<const T*>(p.dt_bias) + h * p.dt_bias_head + first * p.dt_bias_dim, p.dt_bias_dim, count);
+    dt += load_strided<T>(static_cast<const T*>(p.dt_bias) + h * p.dt_bias_head + first * p.dt_bias_dim, p.dt_bias_dim,
+                          count);
   }
   if (p.dt_softplus) dt = softplus<T, false>(dt).value;
   const Vec<T> dtx = dt * x;
@@ -41,8 +44,8 @@ void update_channels(const StateUpdateParams& p, int64_t b, int64_t h, int64_t f
     const Vec<T> vC = load_strided<T>(C + n * p.C_state, p.C_state, width);
     for (int64_t i = 0; i < count; ++i) {
       const T* A = static_cast<const T*>(p.A) + h * p.A_head + (first + i) * p.A_dim + n * p.A_state;
-      StateS* state = static_cast<StateS*>(p.state) + row * p.state_row + h * p.state_head +
-                      (first + i) * p.state_dim + n * p.state_state;
+      StateS* state = static_cast<StateS*>(p.state) + row * p.state_row + h * p.state_head + (first + i) * p.state_dim +
+                      n * p.state_state;
       Vec<T> rate = load_strided<T>(A, p.A_state, width);
       rate = at_most<T>(at_least<T>(rate, -kFactorLimit<T>), kFactorLimit<T>);
       const Vec<T> decay = exp2_product<T>(splat(T(rate_dt[i])), rate);
@@ -57,7 +60,8 @@ void update_channels(const StateUpdateParams& p, int64_t b, int64_t h, int64_t f
   }
   if (p.D) y += x * load_strided<T>(static_cast<const T*>(p.D) + h * p.D_head + first * p.D_dim, p.D_dim, count);
   if (p.z) {
-    const Vec<T> z = load_strided<T>(static_cast<const S*>(p.z) + b * p.z_batch + h * p.z_head + first * p.z_dim, p.z_dim, count);
+    const Vec<T> z =
+        load_strided<T>(static_cast<const S*>(p.z) + b * p.z_batch + h * p.z_head + first * p.z_dim, p.z_dim, count);
     y = y * z * sigmoid<T>(z);
   }
   for (int64_t i = 0; i < count; ++i) out[i] = scalar_from<S, T>(y[i]);

@@ -247,7 +247,7 @@ TRIFUSE_INLINE Vec<T> log1p_unit(Vec<T> t) {
     return y;
   } else {
     // t + t^2 q(t), with q the Chebyshev fit of (log1p(t) - t) / t^2 on [0, 1]; relative error 2.3e-8.
-    constexpr float c[] = {-0.49999997f,   0.333328426f, -0.249865264f,  0.19854106f,    -0.158475652f,
+    constexpr float c[] = {-0.49999997f, 0.333328426f,   -0.249865264f, 0.19854106f,    -0.158475652f,
                            0.115618452f, -0.0667577237f, 0.0252240542f, -0.00446621142f};
     constexpr int degree = sizeof(c) / sizeof(c[0]) - 1;
     Vec<T> q = splat(T(c[degree]));

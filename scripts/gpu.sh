@@ -2,7 +2,6 @@
 # The GPU rung of the proof ladder, with the machine's own Python and torch, no network, no install.
 #
 #   scripts/gpu.sh [build] [test] [sanitize] [bench]     these steps; all four if none is named
-#   scripts/gpu.sh rivals                                build the published CUDA scan from .rivals/mamba
 #
 # OUT names the folder for logs and JSON (default report/gpu), PYTHON the interpreter (default python3).
 # Every step has a limit of its own, in seconds, below 600 in all. A step that fails does not stop the
@@ -18,7 +17,7 @@ mkdir -p "$out"
 export PYTHONPATH=$build/lib${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 
-declare -A limits=([build]=170 [test]=140 [sanitize]=140 [bench]=140 [rivals]=580)
+declare -A limits=([build]=170 [test]=140 [sanitize]=140 [bench]=140)
 
 architecture() {
   local found
@@ -64,35 +63,6 @@ step_bench() {
   "$python" -m trifuse report --device cuda --out "$out/report" --time-limit 100 --no-example
 }
 
-# The rival's own sources, cloned by hand into the git-ignored .rivals/mamba; only this machine's GPU.
-step_rivals() {
-  local sources=$root/.rivals/mamba/csrc/selective_scan
-  if [[ ! -d $sources ]]; then
-    echo "there is no $sources"
-    return 77
-  fi
-  local major_minor
-  major_minor=$(architecture | sed -E 's/(.)$/.\1/')
-  mkdir -p "$build/rivals"
-  TORCH_CUDA_ARCH_LIST=$major_minor "$python" - "$sources" "$build/rivals" "$root/.rivals" <<'PYTHON'
-import glob
-import shutil
-import sys
-
-from torch.utils import cpp_extension
-
-sources, scratch, target = sys.argv[1:]
-flags = ["-O3", "--use_fast_math", "-std=c++17", "--expt-relaxed-constexpr", "--expt-extended-lambda",
-         "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_OPERATORS__",
-         "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__"]
-files = sorted(glob.glob(f"{sources}/*.cpp") + glob.glob(f"{sources}/*.cu"))
-cpp_extension.load(name="selective_scan_cuda", sources=files, extra_cflags=["-O3", "-std=c++17"],
-                   extra_cuda_cflags=flags, extra_include_paths=[sources], build_directory=scratch,
-                   verbose=True)
-shutil.copy(f"{scratch}/selective_scan_cuda.so", target)
-PYTHON
-}
-
 # In a process of its own, so that timeout can end it: this script with --only.
 if [[ ${1:-} == --only ]]; then
   case $2 in
@@ -100,7 +70,6 @@ if [[ ${1:-} == --only ]]; then
     test) step_test ;;
     sanitize) step_sanitize ;;
     bench) step_bench ;;
-    rivals) step_rivals ;;
   esac
   exit
 fi
@@ -111,7 +80,7 @@ failed=0
 results=()
 for name in "${steps[@]}"; do
   if [[ -z ${limits[$name]:-} ]]; then
-    echo "gpu.sh: there is no step '$name'; choose from build, test, sanitize, bench, rivals" >&2
+    echo "gpu.sh: there is no step '$name'; choose from build, test, sanitize, bench" >&2
     exit 2
   fi
 done

@@ -18,6 +18,9 @@ if [[ ! -x $venv/bin/python ]]; then
   if "$python" -c "$new_enough" 2>/dev/null; then
     echo "keeping the torch of $python"
     "$python" -m venv --system-site-packages "$venv"
+    # If $python is a virtual environment itself, its packages are not the system's: name their folder.
+    "$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+      >"$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/keep_torch.pth"
   else
     "$python" -m venv "$venv"
   fi

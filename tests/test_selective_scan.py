@@ -151,8 +151,15 @@ def test_empty_batch(backend, device):
 
 
 @kernels
-def test_growing_states_stay_right(backend, device):
-    tensors = make(seqlen=30)
+@pytest.mark.parametrize(
+    "seqlen",
+    [
+        30,
+        pytest.param(60, marks=pytest.mark.xfail(reason="cpp: ddelta_bias is 0.3 % past the tolerance at 1e16")),
+    ],
+)
+def test_growing_states_stay_right(backend, device, seqlen):
+    tensors = make(seqlen=seqlen)
     tensors["A"] = tensors["A"].abs() * 0.1
     check(backend, tensors, device=device, delta_softplus=True)
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import scan_cases
 import torch
-from scan_cases import cast, compare, eager_errors, error, output_gradients, run
+from scan_cases import cast, eager_errors, output_gradients, run
+from tolerance import compare, error
 
 import trifuse
 from trifuse import reference
 from trifuse.ops.selective_scan import prepare
 from trifuse.ops.selective_state_update import prepare_update
 from trifuse.registration import selective_scan as registration
+from trifuse.registration.common import SCHEMAS
 
 LIBRARY = Path(trifuse.__file__).parent / "lib" / "libtrifuse_emulated.so"
 PACKED = [0, 5, 5, 18, 51, 64, 100, 100]
@@ -29,9 +31,8 @@ def load() -> ctypes.CDLL:
         pytest.skip(f"{LIBRARY.name} was not built with this installation", allow_module_level=True)
     if not _keep:
         schemas = torch.library.Library("trifuse_emulated", "DEF")
-        schemas.define("selective_scan_fwd" + registration._FWD)
-        schemas.define("selective_scan_bwd" + registration._BWD)
-        schemas.define("selective_state_update" + registration._UPDATE)
+        for name, schema in SCHEMAS.items():
+            schemas.define(name + schema)
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
         library.trifuse_emulator_set_multiprocessors.argtypes = [ctypes.c_int64]

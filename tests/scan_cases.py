@@ -7,11 +7,11 @@ ulp, for the output, the last state and the gradient of every argument.
 from __future__ import annotations
 
 import torch
+from tolerance import compare, error
 
 import trifuse
 
 SEQUENCES = ("u", "delta", "B", "C", "z")
-FEW_ULP = 4
 
 
 def make(
@@ -84,12 +84,6 @@ def run(backend, tensors, dtype, grads=True, last_grad=True, device="cpu", **opt
     return {name: result.detach().cpu() for name, result in results.items()}
 
 
-def error(result, exact):
-    """The largest difference, 0 for empty tensors."""
-    wide = torch.complex128 if exact.is_complex() else torch.float64
-    return (result.to(wide) - exact).abs().max().item() if result.numel() else 0.0
-
-
 def eager_errors(tensors, dtype, **options):
     """The error of eager PyTorch in `dtype`: the largest of a few draws of nearby inputs, since the error of
     one draw of a few numbers is a lottery."""
@@ -106,16 +100,6 @@ def eager_errors(tensors, dtype, **options):
         eager = run("reference", near, dtype, **options)
         worst = {name: max(error(eager[name], exact[name]), worst.get(name, 0.0)) for name in eager}
     return worst
-
-
-def compare(kernel, exact, eager):
-    """Assert the rule; `eager` holds the errors of eager PyTorch."""
-    for name, value in kernel.items():
-        assert value.shape == exact[name].shape, name
-        largest = exact[name].abs().max().item() if value.numel() else 0.0
-        allowed = 2 * eager[name] + FEW_ULP * torch.finfo(value.dtype).eps * largest
-        found = error(value, exact[name])
-        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"
 
 
 def check(backend, tensors, dtype=torch.float32, device="cpu", **options):

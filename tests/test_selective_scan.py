@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scan_cases import check, error, make, run
+from scan_cases import check, make, run
+from tolerance import error
 
 import trifuse
 from trifuse import _library

@@ -12,7 +12,8 @@ import os
 import pytest
 import scan_cases
 import torch
-from scan_cases import error, run
+from scan_cases import run
+from tolerance import error
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs only with TRITON_INTERPRET=1 in the environment of its own process", allow_module_level=True)

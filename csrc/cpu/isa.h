@@ -1,19 +1,40 @@
-// One binary, several instruction sets: every kernel file is compiled once per set with TRIFUSE_ISA
-// naming the namespace of its entry points, and isa.cpp calls those of the active set.
+// One binary, several instruction sets: every kernel file is compiled once per set with TRIFUSE_ISA naming
+// the namespace of its entry points, and <op>_dispatch.cpp calls those of the set in use.
 #pragma once
 
-#include "trifuse/selective_scan.h"
+#include "trifuse/types.h"
 
 namespace trifuse::cpu {
 
-struct Kernels {
-  void (*selective_scan_fwd)(const SelectiveScanParams&, const Threads&);
-  int64_t (*selective_scan_bwd_workspace_bytes)(const SelectiveScanBwdParams&, int64_t threads);
-  void (*selective_scan_bwd)(const SelectiveScanBwdParams&, const Threads&);
-  void (*selective_state_update)(const StateUpdateParams&, const Threads&);
-  // Sum of n exponentials exp2(scale * rate), computed as the kernels compute them.
-  float (*exp_floor)(int64_t n);
-};
+enum class Isa { kAvx512, kAvx2, kPortable };
+
+// The instruction set in use: the best of the machine, or the one asked for.
+Isa active_isa();
+
+#if defined(__x86_64__)
+// Declares a function of every instruction set: TRIFUSE_DECLARE_FOR_ISAS(void f(const Params&, const Threads&))
+#define TRIFUSE_DECLARE_FOR_ISAS(declaration) \
+  namespace avx512 {                          \
+  declaration;                                \
+  }                                           \
+  namespace avx2 {                            \
+  declaration;                                \
+  }                                           \
+  namespace portable {                        \
+  declaration;                                \
+  }
+// That function of the instruction set in use.
+#define TRIFUSE_OF_ACTIVE_ISA(function)                            \
+  (::trifuse::cpu::active_isa() == Isa::kAvx512 ? avx512::function \
+   : ::trifuse::cpu::active_isa() == Isa::kAvx2 ? avx2::function   \
+                                                : portable::function)
+#else
+#define TRIFUSE_DECLARE_FOR_ISAS(declaration) \
+  namespace portable {                        \
+  declaration;                                \
+  }
+#define TRIFUSE_OF_ACTIVE_ISA(function) portable::function
+#endif
 
 // Runs body(begin, end) over [0, n) on the caller's threads.
 template <class Body>

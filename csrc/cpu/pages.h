@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "trifuse/selective_scan.h"
+#include "trifuse/types.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -26,7 +26,8 @@ inline void prefer_large_pages(void* begin, int64_t bytes) {
 }
 
 // A sequence output, (batch, dim, seqlen) in either layout.
-inline void prefer_large_pages(const SelectiveScanParams& p, const SeqView& view) {
+template <class Params>  // with batch, dim, seqlen and dtype
+void prefer_large_pages(const Params& p, const SeqView& view) {
   const int64_t element = p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
   const bool dense = view.time == 1 ? view.dim == p.seqlen : view.dim == 1 && view.time == p.dim;
   if (dense && view.batch == p.dim * p.seqlen) prefer_large_pages(view.ptr, p.batch * view.batch * element);

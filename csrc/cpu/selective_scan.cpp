@@ -1,4 +1,5 @@
 // The CPU entry points of the selective scan for one instruction set: from dtypes to templates.
+#include "dtypes.h"
 #include "selective_scan_bwd.h"
 #include "selective_scan_fwd.h"
 #include "selective_state_update.h"
@@ -8,18 +9,6 @@
 #endif
 
 namespace trifuse::cpu::TRIFUSE_ISA {
-namespace {
-
-// Calls f with a null pointer of each of the types that a dtype stands for.
-template <class F>
-auto with_sequence_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-    case DType::kFloat16: return f(static_cast<float*>(nullptr), static_cast<f16*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<float*>(nullptr), static_cast<bf16*>(nullptr));
-    default: return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
-  }
-}
 
 void selective_scan_fwd(const SelectiveScanParams& p, const Threads& threads) {
   with_sequence_dtype(p.dtype, [&](auto* acc, auto* sequence) {
@@ -67,11 +56,5 @@ float exp_floor(int64_t n) {
   for (int i = 1; i < streams; ++i) total[0] += total[i];
   return sum_lanes<float>(total[0]);
 }
-
-}  // namespace
-
-extern const Kernels kernels;
-const Kernels kernels = {selective_scan_fwd, selective_scan_bwd_workspace_bytes, selective_scan_bwd,
-                         selective_state_update, exp_floor};
 
 }  // namespace trifuse::cpu::TRIFUSE_ISA

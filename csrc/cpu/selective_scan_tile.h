@@ -6,6 +6,7 @@
 #include <new>
 
 #include "isa.h"
+#include "trifuse/selective_scan.h"
 #include "trifuse/simd.h"
 
 namespace trifuse::cpu {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "trifuse/cuda_platform.h"
+#include "trifuse/selective_scan.h"
 
 namespace trifuse::cuda {
 

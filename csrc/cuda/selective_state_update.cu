@@ -1,6 +1,7 @@
 // One token of the selective scan: bound by reading and writing the state, of which each thread takes
 // four neighbouring elements at a time; four lanes share a channel.
 #include "trifuse/cuda_platform.h"
+#include "trifuse/selective_scan.h"
 
 namespace trifuse::cuda {
 namespace {

@@ -22,7 +22,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 #define TRIFUSE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(trifuse, CPU, m)
 #endif
 
-#include "trifuse/selective_scan.h"
+#include "trifuse/types.h"
 
 namespace trifuse {
 
@@ -55,21 +55,6 @@ inline void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullp
 // A (batch, dim, seqlen) tensor.
 inline SeqView sequence_view(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-// B or C: constant (dim, dstate), or variable (batch, groups, dstate, seqlen).
-inline CoefView coefficient_view(const Tensor& t) {
-  CoefView view;
-  view.ptr = t.data_ptr();
-  view.variable = t.dim() == 4;
-  if (view.variable) {
-    view.groups = t.size(1);
-    view.batch = t.stride(0);
-    view.group = t.stride(1);
-    view.state = t.stride(2);
-    view.time = t.stride(3);
-  }
-  return view;
-}
-
 // Uninitialised (batch, dim, seqlen), in memory (batch, seqlen, dim) if bld. Strides are asked for, not made
 // by a transposition: autograd forbids changing an output in place that is a view.
 inline Tensor empty_sequence(const Tensor& like, bool bld) {
@@ -83,18 +68,15 @@ inline Tensor empty_sequence(const Tensor& like, bool bld) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Uninitialised, for the gradient of B or C: in memory (batch, seqlen, groups, dstate) if bld.
-inline Tensor empty_coefficient(const Tensor& like, ScalarType dtype, bool bld) {
-  if (like.dim() == 2) return empty({like.size(0), like.size(1)}, dtype, like);
-  const int64_t batch = like.size(0), groups = like.size(1), dstate = like.size(2), seqlen = like.size(3);
-  if (!bld) return empty({batch, groups, dstate, seqlen}, dtype, like);
-  const Tensor memory = empty({batch, seqlen, groups, dstate}, dtype, like);
-  return torch::stable::transpose(torch::stable::transpose(memory, 1, 2), 2, 3);
-}
-
 inline Tensor with_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
+
+#if defined(TRIFUSE_CUDA) || defined(TRIFUSE_EMULATED)
+inline void check_launch(cuda::Error error, const char* what) {
+  STD_TORCH_CHECK(error == 0, "trifuse: ", what, " failed with CUDA error ", error);
+}
+#endif
 
 #if defined(TRIFUSE_CUDA)
 inline cuda::Stream current_stream(const Tensor& t) {

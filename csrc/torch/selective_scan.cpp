@@ -1,15 +1,37 @@
 // selective_scan and selective_state_update as torch ops: allocation, views, registration. The schemas
 // and every check of the public arguments are in Python, in registration/ and ops/.
+#include "trifuse/selective_scan.h"
+
 #include "common.h"
 
 namespace trifuse {
 namespace {
 
-#if defined(TRIFUSE_CUDA) || defined(TRIFUSE_EMULATED)
-
-void check_launch(cuda::Error error, const char* what) {
-  STD_TORCH_CHECK(error == 0, "trifuse: ", what, " failed with CUDA error ", error);
+// B or C: constant (dim, dstate), or variable (batch, groups, dstate, seqlen).
+CoefView coefficient_view(const Tensor& t) {
+  CoefView view;
+  view.ptr = t.data_ptr();
+  view.variable = t.dim() == 4;
+  if (view.variable) {
+    view.groups = t.size(1);
+    view.batch = t.stride(0);
+    view.group = t.stride(1);
+    view.state = t.stride(2);
+    view.time = t.stride(3);
+  }
+  return view;
 }
+
+// Uninitialised, for the gradient of B or C: in memory (batch, seqlen, groups, dstate) if bld.
+Tensor empty_coefficient(const Tensor& like, ScalarType dtype, bool bld) {
+  if (like.dim() == 2) return empty({like.size(0), like.size(1)}, dtype, like);
+  const int64_t batch = like.size(0), groups = like.size(1), dstate = like.size(2), seqlen = like.size(3);
+  if (!bld) return empty({batch, groups, dstate, seqlen}, dtype, like);
+  const Tensor memory = empty({batch, seqlen, groups, dstate}, dtype, like);
+  return torch::stable::transpose(torch::stable::transpose(memory, 1, 2), 2, 3);
+}
+
+#if defined(TRIFUSE_CUDA) || defined(TRIFUSE_EMULATED)
 
 void launch(const SelectiveScanParams& p, const Tensor& on) {
   const int64_t bytes = cuda::selective_scan_fwd_workspace_bytes(p);

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "trifuse/math.h"
-#include "trifuse/selective_scan.h"
+#include "trifuse/types.h"
 
 #if defined(__CUDACC__)
 

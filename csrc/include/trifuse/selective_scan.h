@@ -4,17 +4,9 @@
 
 #include <cstdint>
 
+#include "trifuse/types.h"
+
 namespace trifuse {
-
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
-
-// A (batch, dim, seqlen) tensor wherever its elements lie; strides are in elements.
-struct SeqView {
-  void* ptr = nullptr;
-  int64_t batch = 0;
-  int64_t dim = 0;
-  int64_t time = 0;
-};
 
 // B or C. Variable: (batch, groups, dstate, seqlen) of the sequence dtype, strides in elements.
 // Constant: (dim, dstate), contiguous, of the accumulation dtype; the strides are then unused.
@@ -109,14 +101,6 @@ struct StateUpdateParams {
 
 namespace cpu {
 
-// Calls body(begin, end) over [0, n) on the caller's thread pool.
-struct Threads {
-  void* context;
-  void (*run)(void* context, int64_t n, void* body_context,
-              void (*body)(void* body_context, int64_t begin, int64_t end));
-  int64_t count;
-};
-
 void selective_scan_fwd(const SelectiveScanParams& p, const Threads& threads);
 int64_t selective_scan_bwd_workspace_bytes(const SelectiveScanBwdParams& p, int64_t threads);
 void selective_scan_bwd(const SelectiveScanBwdParams& p, const Threads& threads);
@@ -124,11 +108,7 @@ void selective_state_update(const StateUpdateParams& p, const Threads& threads);
 
 }  // namespace cpu
 
-// cudaStream_t and cudaError_t, named without their header.
 namespace cuda {
-
-using Stream = void*;
-using Error = int;
 
 // Bytes of scratch, uninitialised, that the forward launch needs (0: none).
 int64_t selective_scan_fwd_workspace_bytes(const SelectiveScanParams& p);

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from trifuse import _library
 from trifuse._library import LIB
 from trifuse.backends import Op
+from trifuse.registration import common
+from trifuse.registration.common import empty_sequence, state_rows
 
 _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -31,24 +29,7 @@ _UPDATE = (
     "Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor"
 )
 
-# The compiled op has a CPU and a CUDA kernel under one name; Triton's has its own, so that a
-# machine can have both.
-_SUFFIXES = ("", "_triton")
 _N_TENSORS = 10
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def accumulation_dtype(call_or_u: Tensor, complex: bool = False) -> torch.dtype:
-    if call_or_u.dtype == torch.float64:
-        return torch.complex128 if complex else torch.float64
-    return torch.complex64 if complex else torch.float32
-
-
-def empty_sequence(like: Tensor, bld: bool) -> Tensor:
-    """An uninitialised (B, D, L) tensor, in memory (B, L, D) if `bld`."""
-    batch, dim, seqlen = like.shape
-    # A transposed tensor would be a view, which autograd forbids to change in place when an op returns it.
-    return like.new_empty_strided((batch, dim, seqlen), (dim * seqlen, 1, dim) if bld else (dim * seqlen, seqlen, 1))
 
 
 def empty_coefficient(coef: Tensor, dtype: torch.dtype, bld: bool) -> Tensor:
@@ -57,10 +38,6 @@ def empty_coefficient(coef: Tensor, dtype: torch.dtype, bld: bool) -> Tensor:
         return torch.empty(coef.shape, dtype=dtype, device=coef.device)
     batch, groups, dstate, seqlen = coef.shape
     return torch.empty((batch, seqlen, groups, dstate), dtype=dtype, device=coef.device).permute(0, 2, 3, 1)
-
-
-def state_rows(u: Tensor, cu_seqlens: Tensor | None) -> int:
-    return u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _fwd_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse, bld,
@@ -123,55 +100,20 @@ def _backward(bwd_name: str, ctx: Any, dout: Tensor | None, dlast_state: Tensor 
     )  # fmt: skip
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple:
-    raise RuntimeError(
-        "selective_scan: a native kernel has no second derivative; compute the forward pass under "
-        'trifuse.backend("reference"), which can be differentiated any number of times'
-    )
-
-
-for _suffix in _SUFFIXES:
-    fwd, bwd, update = (f"selective_{part}{_suffix}" for part in ("scan_fwd", "scan_bwd", "state_update"))
-    LIB.define(fwd + _FWD)
-    LIB.define(bwd + _BWD)
-    LIB.define(update + _UPDATE)
-    torch.library.register_fake(f"trifuse::{fwd}", _fwd_fake, lib=LIB)
-    torch.library.register_fake(f"trifuse::{bwd}", _bwd_fake, lib=LIB)
-    torch.library.register_fake(f"trifuse::{update}", _update_fake, lib=LIB)
+common.define("selective_scan_fwd", _FWD, _fwd_fake)
+common.define("selective_scan_bwd", _BWD, _bwd_fake)
+common.define("selective_state_update", _UPDATE, _update_fake)
+for _suffix in common.SUFFIXES:
+    fwd, bwd = f"selective_scan_fwd{_suffix}", f"selective_scan_bwd{_suffix}"
     torch.library.register_autograd(
         f"trifuse::{fwd}", functools.partial(_backward, bwd), setup_context=_setup_context, lib=LIB
     )
-    torch.library.register_autograd(f"trifuse::{bwd}", _no_second_derivative, lib=LIB)
-
-
-def _triton(name: str):
-    """Triton's launcher of that name, imported at its first use: importing triton takes a second."""
-
-    def call(*args):
-        from trifuse.triton_kernels import selective_scan as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return call
-
-
-for _name in ("selective_scan_fwd", "selective_scan_bwd", "selective_state_update"):
-    LIB.impl(f"{_name}_triton", _triton(_name), "CUDA")
-    LIB.impl(f"{_name}_triton", _triton(_name), "CPU")
-
-
-def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    torch.library.register_autograd(f"trifuse::{bwd}", common.no_second_derivative("selective_scan"), lib=LIB)
+common.implement_triton("selective_scan", "selective_scan_fwd", "selective_scan_bwd", "selective_state_update")
 
 
 def _cpp_refusals(call: Any) -> list[str]:
-    reasons = []
-    if call.device_type != "cpu":
-        reasons.append(f"it computes on CPU tensors, and these are on {call.device_type}")
-    elif _library.wrong_isa is not None:
-        raise ValueError(_library.wrong_isa)
-    if _library.missing("cpp") is not None:
-        reasons.append(_library.missing("cpp"))
+    reasons = common.cpp_refusals(call)
     state = getattr(call, "state", None)
     if state is not None and (state.dtype == torch.float64) != (call.x.dtype == torch.float64):
         reasons.append(f"it takes float64 beside float64 only, and state is {state.dtype} and x {call.x.dtype}")
@@ -188,26 +130,11 @@ def _gpu_refusals(call: Any, backend: str) -> list[str]:
 
 
 def _cuda_refusals(call: Any) -> list[str]:
-    reasons = []
-    if call.device_type != "cuda":
-        reasons.append(f"it computes on CUDA tensors, and these are on {call.device_type}")
-    if _library.missing("cuda") is not None:
-        reasons.append(_library.missing("cuda"))
-    return reasons + _gpu_refusals(call, "cuda")
+    return common.cuda_refusals(call) + _gpu_refusals(call, "cuda")
 
 
 def _triton_refusals(call: Any) -> list[str]:
-    reasons = []
-    if not _TRITON_INSTALLED:
-        reasons.append("the package triton is not installed")
-    if call.device_type == "cpu":
-        if not interpreting():
-            reasons.append("it computes on CUDA tensors (on CPU tensors only with TRITON_INTERPRET=1, for tests)")
-        elif call[1].dtype == torch.bfloat16:
-            reasons.append("Triton's interpreter computes bfloat16 wrongly")
-    elif call.device_type != "cuda":
-        reasons.append(f"it computes on CUDA tensors, and these are on {call.device_type}")
-    return reasons + _gpu_refusals(call, "triton")
+    return common.triton_refusals(call, call[1]) + _gpu_refusals(call, "triton")
 
 
 def register_backends(op: Op) -> None:
@@ -220,29 +147,14 @@ def register_backends(op: Op) -> None:
 CHUNK_SIZE = {"cpp": 64, "cuda": 32, "triton": 128}
 
 
-def _needs_grad(call: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in call)
-
-
-def _refuse_forward_mode(call: Any) -> None:
-    """A tangent would be dropped in silence: torch gives ops of a library no forward-mode derivative."""
-    if forward_ad._current_level < 0:
-        return
-    if any(isinstance(one, Tensor) and forward_ad.unpack_dual(one).tangent is not None for one in call):
-        raise RuntimeError(
-            "selective_scan: a native kernel has no forward-mode derivative; compute it under "
-            'trifuse.backend("reference")'
-        )
-
-
 def scan(backend: str, call: Any) -> tuple[Tensor, Tensor]:
     """Run a checked call of ``selective_scan`` on a native backend."""
-    _refuse_forward_mode(call)
+    common.refuse_forward_mode("selective_scan", call)
     ops = torch.ops.trifuse
     op = ops.selective_scan_fwd_triton if backend == "triton" else ops.selective_scan_fwd
     # An exported program mostly runs without gradients, and a number of chunks that depends on the length
     # would bind it to lengths of one chunk or of several: its backward pass computes the states again.
-    save = _needs_grad(call) and not torch.compiler.is_exporting()
+    save = common.needs_grad(call) and not torch.compiler.is_exporting()
     out, last_state, _ = op(*call, CHUNK_SIZE[backend] if save else 0)
     return out, last_state
 

@@ -1,0 +1,136 @@
+"""What the registrations of all ops share: schemas in two names, refusals by device, what autograd refuses."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from trifuse import _library
+from trifuse._library import LIB
+
+__all__ = [
+    "SCHEMAS", "accumulation_dtype", "cpp_refusals", "cuda_refusals", "define", "empty_sequence", "implement_triton",
+    "interpreting", "needs_grad", "no_second_derivative", "refuse_forward_mode", "state_rows", "triton_refusals",
+]  # fmt: skip
+
+# The compiled op has a CPU and a CUDA kernel under one name; Triton's has its own, so that a
+# machine can have both.
+SUFFIXES = ("", "_triton")
+
+SCHEMAS: dict[str, str] = {}
+"""The schema of every op that has compiled kernels, by name."""
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define an op under both of its names, with its fake kernel."""
+    SCHEMAS[name] = schema
+    for suffix in SUFFIXES:
+        LIB.define(name + suffix + schema)
+        torch.library.register_fake(f"trifuse::{name}{suffix}", fake, lib=LIB)
+
+
+def implement_triton(module: str, *names: str) -> None:
+    """Triton's kernels of these ops are the functions of these names in ``trifuse.triton_kernels.<module>``,
+    imported at their first use: importing triton takes a second."""
+
+    def launcher(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            return getattr(importlib.import_module(f"trifuse.triton_kernels.{module}"), name)(*args)
+
+        return call
+
+    for name in names:
+        for device in ("CUDA", "CPU"):
+            LIB.impl(f"{name}_triton", launcher(name), device)
+
+
+def accumulation_dtype(sequence: Tensor, complex: bool = False) -> torch.dtype:
+    if sequence.dtype == torch.float64:
+        return torch.complex128 if complex else torch.float64
+    return torch.complex64 if complex else torch.float32
+
+
+def empty_sequence(like: Tensor, bld: bool) -> Tensor:
+    """An uninitialised (B, D, L) tensor, in memory (B, L, D) if `bld`."""
+    batch, dim, seqlen = like.shape
+    # A transposed tensor would be a view, which autograd forbids to change in place when an op returns it.
+    return like.new_empty_strided((batch, dim, seqlen), (dim * seqlen, 1, dim) if bld else (dim * seqlen, seqlen, 1))
+
+
+def state_rows(sequence: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Rows of a state: one per batch item, or per packed sequence."""
+    return sequence.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cpp_refusals(call: Any) -> list[str]:
+    reasons = []
+    if call.device_type != "cpu":
+        reasons.append(f"it computes on CPU tensors, and these are on {call.device_type}")
+    elif _library.wrong_isa is not None:
+        raise ValueError(_library.wrong_isa)
+    if _library.missing("cpp") is not None:
+        reasons.append(_library.missing("cpp"))
+    return reasons
+
+
+def cuda_refusals(call: Any) -> list[str]:
+    reasons = []
+    if call.device_type != "cuda":
+        reasons.append(f"it computes on CUDA tensors, and these are on {call.device_type}")
+    if _library.missing("cuda") is not None:
+        reasons.append(_library.missing("cuda"))
+    return reasons
+
+
+def triton_refusals(call: Any, sequence: Tensor) -> list[str]:
+    """`sequence`: a tensor of the call in its sequence dtype."""
+    reasons = []
+    if not _TRITON_INSTALLED:
+        reasons.append("the package triton is not installed")
+    if call.device_type == "cpu":
+        if not interpreting():
+            reasons.append("it computes on CUDA tensors (on CPU tensors only with TRITON_INTERPRET=1, for tests)")
+        elif sequence.dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter computes bfloat16 wrongly")
+    elif call.device_type != "cuda":
+        reasons.append(f"it computes on CUDA tensors, and these are on {call.device_type}")
+    return reasons
+
+
+def needs_grad(call: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in call)
+
+
+def refuse_forward_mode(op: str, call: Any) -> None:
+    """A tangent would be dropped in silence: torch gives ops of a library no forward-mode derivative."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(one, Tensor) and forward_ad.unpack_dual(one).tangent is not None for one in call):
+        raise RuntimeError(
+            f'{op}: a native kernel has no forward-mode derivative; compute it under trifuse.backend("reference")'
+        )
+
+
+def no_second_derivative(op: str) -> Callable[..., tuple]:
+    """The autograd formula of a backward op."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> tuple:
+        raise RuntimeError(
+            f"{op}: a native kernel has no second derivative; compute the forward pass under "
+            'trifuse.backend("reference"), which can be differentiated any number of times'
+        )
+
+    return refuse

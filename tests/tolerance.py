@@ -1,0 +1,25 @@
+"""The rule that every kernel of every op has to keep.
+
+With the float64 reference as the truth: error(kernel) <= 2 error(eager PyTorch in the same dtype) + a few
+ulp, for every output and every gradient.
+"""
+
+import torch
+
+FEW_ULP = 4
+
+
+def error(result, exact):
+    """The largest difference, 0 for empty tensors."""
+    wide = torch.complex128 if exact.is_complex() else torch.float64
+    return (result.to(wide) - exact).abs().max().item() if result.numel() else 0.0
+
+
+def compare(kernel, exact, eager):
+    """Assert the rule; `eager` holds the errors of eager PyTorch."""
+    for name, value in kernel.items():
+        assert value.shape == exact[name].shape, name
+        largest = exact[name].abs().max().item() if value.numel() else 0.0
+        allowed = 2 * eager[name] + FEW_ULP * torch.finfo(value.dtype).eps * largest
+        found = error(value, exact[name])
+        assert found <= allowed, f"{name}: error {found:.2e}, allowed {allowed:.2e}"

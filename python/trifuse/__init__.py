@@ -2,7 +2,7 @@
 
 from trifuse import nn, reference
 from trifuse.backends import BackendUnavailable, backend, explain
-from trifuse.ops import selective_scan, selective_state_update
+from trifuse.ops import linear_scan, selective_scan, selective_state_update
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "__version__",
     "backend",
     "explain",
+    "linear_scan",
     "nn",
     "reference",
     "selective_scan",

@@ -1,5 +1,6 @@
 """Plain PyTorch definitions of every op: readable, float64-clean, differentiable without limit."""
 
+from trifuse.reference.linear_scan import linear_scan
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
 
-__all__ = ["selective_scan", "selective_state_update"]
+__all__ = ["linear_scan", "selective_scan", "selective_state_update"]

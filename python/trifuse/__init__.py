@@ -2,7 +2,7 @@
 
 from trifuse import nn, reference
 from trifuse.backends import BackendUnavailable, backend, explain
-from trifuse.ops import linear_scan, selective_scan, selective_state_update
+from trifuse.ops import linear_scan, selective_scan, selective_state_update, ssd
 
 __version__ = "0.1.0"
 
@@ -16,4 +16,5 @@ __all__ = [
     "reference",
     "selective_scan",
     "selective_state_update",
+    "ssd",
 ]

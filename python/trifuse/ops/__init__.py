@@ -3,5 +3,6 @@
 from trifuse.ops.linear_scan import linear_scan
 from trifuse.ops.selective_scan import selective_scan
 from trifuse.ops.selective_state_update import selective_state_update
+from trifuse.ops.ssd import ssd
 
-__all__ = ["linear_scan", "selective_scan", "selective_state_update"]
+__all__ = ["linear_scan", "selective_scan", "selective_state_update", "ssd"]

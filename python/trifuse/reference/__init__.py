@@ -2,5 +2,6 @@
 
 from trifuse.reference.linear_scan import linear_scan
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
+from trifuse.reference.ssd import ssd
 
-__all__ = ["linear_scan", "selective_scan", "selective_state_update"]
+__all__ = ["linear_scan", "selective_scan", "selective_state_update", "ssd"]

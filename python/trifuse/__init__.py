@@ -2,7 +2,7 @@
 
 from trifuse import nn, reference
 from trifuse.backends import BackendUnavailable, backend, explain
-from trifuse.ops import linear_scan, selective_scan, selective_state_update, ssd
+from trifuse.ops import causal_conv1d, causal_conv1d_update, linear_scan, selective_scan, selective_state_update, ssd
 
 __version__ = "0.1.0"
 
@@ -10,6 +10,8 @@ __all__ = [
     "BackendUnavailable",
     "__version__",
     "backend",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "explain",
     "linear_scan",
     "nn",

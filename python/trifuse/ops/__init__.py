@@ -1,8 +1,10 @@
 """The public functions."""
 
+from trifuse.ops.causal_conv1d import causal_conv1d
+from trifuse.ops.causal_conv1d_update import causal_conv1d_update
 from trifuse.ops.linear_scan import linear_scan
 from trifuse.ops.selective_scan import selective_scan
 from trifuse.ops.selective_state_update import selective_state_update
 from trifuse.ops.ssd import ssd
 
-__all__ = ["linear_scan", "selective_scan", "selective_state_update", "ssd"]
+__all__ = ["causal_conv1d", "causal_conv1d_update", "linear_scan", "selective_scan", "selective_state_update", "ssd"]

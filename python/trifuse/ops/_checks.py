@@ -100,11 +100,12 @@ def cu_seqlens(op: str, offsets: Tensor, batch: int, seqlen: int) -> None:
         raise ValueError(f"{op}: cu_seqlens ends at {values[-1]}; it must end at L = {seqlen}")
 
 
-def state_rows(op: str, rows: Tensor, batch: int, available: int) -> None:
-    name = "state_batch_indices"
+def state_rows(
+    op: str, rows: Tensor, batch: int, available: int, name: str = "state_batch_indices", state: str = "state"
+) -> None:
     if rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} is {dtype_name(rows.dtype)}; it must be int32 or int64")
     shape(op, name, rows, (batch,), "(B,)")
     # Only the host's copy is free to look at: on a device the look would stall every token.
     if rows.device.type == "cpu" and values_are_known(rows) and batch and int(rows.max()) >= available:
-        raise ValueError(f"{op}: {name} holds {int(rows.max())}; state has only {available} rows")
+        raise ValueError(f"{op}: {name} holds {int(rows.max())}; {state} has only {available} rows")

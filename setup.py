@@ -79,6 +79,7 @@ setup(
         "trifuse.reference",
         "trifuse.registration",
         "trifuse.report",
+        "trifuse.report.subjects",
         "trifuse.triton_kernels",
     ],
     package_dir={"": "python", "trifuse.triton_kernels": "triton_kernels"},

@@ -1,12 +1,12 @@
-"""Speed of ``selective_scan`` and ``selective_state_update`` beside their rivals and floors.
+"""Speed of ``selective_scan`` beside its rivals and floors.
 
 Each test is one block of rounds of one contender; see ``trifuse.report.arena`` for how blocks are
-interleaved. A contender that does not match the float64 reference fails here and is not timed.
+interleaved, and ``trifuse/report/subjects/selective_scan.py`` for what is measured. A contender that
+does not match the float64 reference fails here and is not timed.
 """
 
-OPS = ("selective_scan", "selective_state_update")
+OPS = ("selective_scan",)
 
 
 def test_speed(benchmark, turn):
-    benchmark.extra_info.update(turn.facts)
-    benchmark.pedantic(turn.call, rounds=turn.rounds, iterations=turn.iterations, warmup_rounds=turn.warmup)
+    turn.run(benchmark)

@@ -54,6 +54,16 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict:
     return machine.facts(config.getoption("--device"))
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "trifuse_arena"):
+        config.trifuse_arena.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order is that of the workloads, whichever file an op's turns come from."""
+    items.sort(key=lambda item: item.callspec.params["place"] if hasattr(item, "callspec") else (0, 0))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" not in metafunc.fixturenames:
         return
@@ -61,18 +71,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = _listed(option("--workloads"))
     device = option("--device")
     chosen = workloads.select(full=option("--full"), device=device, ops=_listed(option("--ops")), names=names)
-    turns, absent = arenas.schedule(tuple(one for one in chosen if one.op in metafunc.module.OPS), device)
+    mine = tuple(one for one in chosen if one.op in metafunc.module.OPS)
+    turns, absent = arenas.schedule(mine, device)
+    places = {one: place for place, one in enumerate(chosen)}
     events = metafunc.config.trifuse_events
     for entry, reason in absent:
         events({"kind": "absent", "entry": entry.id, "reason": reason, "failed": False})
     events({"kind": "plan", "turns": len(turns)})
     clock = arenas.timer(device)
     metafunc.parametrize(
-        ("entry", "block"),
+        ("entry", "block", "place"),
         [
-            pytest.param(entry, block, id=f"{entry.id}-{block}",
+            pytest.param(entry, block, (places[entry.workload], number), id=f"{entry.id}-{block}",
                          marks=pytest.mark.benchmark(group=entry.group, timer=clock, disable_gc=True))
-            for entry, block in turns
+            for number, (entry, block) in enumerate(turns)
         ],
     )  # fmt: skip
 
@@ -83,7 +95,7 @@ def arena(pytestconfig: pytest.Config) -> arenas.Arena:
 
 
 @pytest.fixture
-def turn(arena: arenas.Arena, entry: workloads.Entry, block: int):
+def turn(arena: arenas.Arena, entry: workloads.Entry, block: int, place: tuple[int, int]):
     """The entry's block, ready to be timed; a skip with the reason, or a failure, if it may not be."""
     arena.report({"kind": "turn", "entry": entry.id, "block": block})
     try:

@@ -13,13 +13,20 @@ import torch
 for _module in ("rich", "jinja2", "matplotlib", "pytest_benchmark"):
     pytest.importorskip(_module, reason=f"the report needs {_module} (extra trifuse[report])")
 
+from trifuse import backends
 from trifuse import report as reports
-from trifuse.report import arena, contenders, memory, page, summary, timing, validation, workloads
+from trifuse.report import arena, memory, page, summary, timing, validation, workloads
+from trifuse.report.inputs import Draw
+from trifuse.report.subjects import OPS, SUBJECTS
 
 PLANTED = """
+from dataclasses import replace
 import torch
-from trifuse.report.contenders import CONTENDERS, Contender, ours
-from trifuse.report.workloads import Inputs
+from trifuse.report.contenders import Contender
+from trifuse.report.subjects import OPS
+
+CONTENDERS = OPS["selective_scan"].contenders
+reference = CONTENDERS["reference"].run
 
 class Skewed(torch.autograd.Function):
     @staticmethod
@@ -31,18 +38,16 @@ class Skewed(torch.autograd.Function):
         return 1.001 * grad
 
 def wrong(inputs):
-    return ours("reference")(inputs) * 1.0001
+    return reference(inputs) * 1.0001
 
 def wrong_gradient(inputs):
-    arguments = {name: getattr(inputs, name) for name in Inputs.ARGUMENTS}
-    arguments["D"] = Skewed.apply(inputs.D)
-    return ours("reference")(Inputs(layout=inputs.layout, dout=inputs.dout, **arguments))
+    return reference(replace(inputs, tensors={**inputs.tensors, "D": Skewed.apply(inputs["D"])}))
 
 def raises(inputs):
     raise RuntimeError("no such luck")
 
-for name, scan in (("wrong", wrong), ("wrong-gradient", wrong_gradient), ("raises", raises)):
-    CONTENDERS[name] = Contender(name, f"planted: {name}", "kernel", scan, layouts=("bdl",), checked=("small", "full"))
+for name, run in (("wrong", wrong), ("wrong-gradient", wrong_gradient), ("raises", raises)):
+    CONTENDERS[name] = Contender(name, f"planted: {name}", "kernel", run, layouts=("bdl",), checked=("small", "full"))
 """
 
 
@@ -57,14 +62,15 @@ def made(tmp_path_factory):
         patch.setenv("PYTEST_PLUGINS", "planted_kernels")
         # Two threads that wait for each other on a machine busy with other tests take seconds.
         patch.setenv("OMP_NUM_THREADS", "1")
-        before = dict(contenders.CONTENDERS)
+        contenders_of_scan = SUBJECTS["selective_scan"].contenders
+        before = dict(contenders_of_scan)
         importlib.import_module("planted_kernels")
         try:
             options = reports.Options(out=folder / "out", workloads=("smoke",), example=False)
             code = reports.run(options)
         finally:
-            contenders.CONTENDERS.clear()
-            contenders.CONTENDERS.update(before)
+            contenders_of_scan.clear()
+            contenders_of_scan.update(before)
             sys.modules.pop("planted_kernels", None)
     return folder / "out", json.loads((folder / "out" / "report.json").read_text()), code
 
@@ -196,19 +202,22 @@ def test_a_wrong_shape_fails_the_check():
     assert not validation.compare("case", "out", torch.zeros(4), exact, exact.float()).ok
 
 
-def test_channels_probed_at_full_size_have_the_gradients_of_the_whole_call():
-    workload = workloads.Workload("probe", "", dim=40, seqlen=33, dstate=3)
-    inputs = workloads.make_inputs(workload).to(dtype=torch.float64)
-    channels = torch.tensor([0, 7, 39])
-    rest = torch.ones(40, dtype=torch.bool).index_fill_(0, channels, False)
-    inputs.dout[..., rest] = 0
-    scan = contenders.ours("reference")
-    whole = contenders.forward_backward(scan, inputs)()
-    part = contenders.forward_backward(scan, inputs.channels(channels))()
-    for name, one, other in zip(("out", *inputs.ARGUMENTS), whole, part, strict=True):
-        if name not in ("B", "C"):
-            one = one.index_select(2 if one.dim() == 3 else 0, channels)
-        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+@pytest.mark.parametrize("op", [name for name, one in OPS.items() if "dout" in one.axes.of])
+def test_places_probed_at_full_size_have_the_gradients_of_the_whole_call(op):
+    subject = OPS[op]
+    workload = workloads.Workload("probe", "", op, {**subject.explained, **subject.small, subject.probed: 5})
+    inputs = subject.make(workload, Draw("cpu")).to(dtype=torch.float64)
+    places = torch.tensor([0, 2, 4])
+    axis = subject.axes.of["dout"].index(subject.probed)
+    inputs.dout.index_fill_(axis, torch.tensor([1, 3]), 0)
+    run = subject.contenders["reference"].run
+    whole = validation.answers(run, inputs, True)
+    part = validation.answers(run, inputs.take(subject.probed, places), True)
+    assert len(whole) == 1 + len(inputs.leaves) and whole.keys() == part.keys()
+    for name, one in whole.items():
+        argument = "out" if name == "out" else name[1:]
+        one = validation.taken(subject.axes, argument, one, inputs.layout, subject.probed, places)
+        torch.testing.assert_close(one, part[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 7, 50])
@@ -270,21 +279,83 @@ def test_an_unknown_workload_or_op_is_named_with_those_that_exist(wrong):
 
 def test_every_rival_of_a_workload_exists():
     for full in (False, True):
-        for workload in workloads.select(full=full):
+        for workload in workloads.every(full=full):
             for direction in workload.directions:
-                assert set(workload.rivals_in(direction)) <= set(contenders.CONTENDERS)
+                assert set(workload.rivals_in(direction)) <= set(SUBJECTS[workload.op].contenders)
 
 
-@pytest.mark.parametrize("name", ["loop-compiled", "mambapy", "transformers"])
-def test_a_rival_computes_the_same_function(name):
-    contender = contenders.CONTENDERS[name]
+def test_names_of_workloads_are_unique_and_the_quick_ones_are_in_the_full_grid():
+    for full in (False, True):
+        names = [one.name for one in workloads.every(full=full)]
+        assert len(names) == len(set(names))
+    assert {one.name for one in workloads.every(full=False)} <= set(names)
+
+
+def test_the_headline_of_every_subject_comes_before_the_details_of_any():
+    ranks = [one.rank for one in workloads.select()]
+    assert ranks == sorted(ranks)
+
+
+def test_every_op_has_a_room_in_the_report_and_benchmarks_of_its_own():
+    assert set(OPS) <= set(backends.Op.registry)
+    bench = timing.bench_folder()
+    listed = [set(_ops_of(path)) for path in bench.glob("bench_*.py")]
+    assert set().union(*listed) == set(SUBJECTS)
+    assert sum(map(len, listed)) == len(SUBJECTS)
+
+
+def _ops_of(path):
+    space = {}
+    exec(compile(path.read_text(), str(path), "exec"), space)
+    return space["OPS"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_of_a_room_are_what_its_op_takes_in_every_layout_and_dtype(op):
+    subject = OPS[op]
+    for workload in subject.quick():
+        shape = workload.sized(**{axis: min(size, 4) for axis, size in workload.sizes.items()})
+        base = subject.make(shape, Draw("cpu"))
+        for layout in workload.layouts:
+            for dtype in workload.dtypes:
+                inputs = base.to(dtype=workloads.DTYPES[dtype], layout=layout)
+                assert set(inputs.tensors) <= set(subject.axes.of)
+                assert all(tensor.is_contiguous() for tensor in inputs.tensors.values())
+                out = validation.answers(subject.contenders["reference"].run, inputs, False)["out"]
+                assert bool(torch.isfinite(out.abs().float()).all())
+                if "dout" in inputs.tensors:
+                    assert out.shape == inputs.dout.shape
+
+
+_RIVALS = [
+    (op, name)
+    for op, subject in OPS.items()
+    for name, one in subject.contenders.items()
+    if one.kind == "rival" and "cpu" in one.devices
+]
+
+
+@pytest.mark.parametrize(("op", "name"), _RIVALS)
+def test_a_rival_computes_the_same_function(op, name):
+    subject = OPS[op]
+    contender = subject.contenders[name]
     reason = contender.missing("cpu")
-    if reason is None and name == "loop-compiled":
+    if reason is None and contender.compiles:
         reason = "compiling takes longer than a test may; the report checks it before timing it"
     if reason is not None:
         pytest.skip(reason)
-    workload = workloads.select(names=("smoke",))[0]
-    for direction in workload.directions:
-        entry = workloads.Entry(workload, direction, name, "float32", contender.layouts[0])
-        verdict = validation.Validator("cpu").verdict(contender, entry)
-        assert verdict.ok, str(verdict)
+    checked = 0
+    for workload in subject.quick():
+        for direction in workload.directions:
+            if name not in workload.rivals_in(direction):
+                continue
+            shape = workload.sized(**{axis: min(size, subject.small.get(axis, size))
+                                      for axis, size in workload.sizes.items()})  # fmt: skip
+            layout = (contender.layouts or workload.layouts)[0] if subject.axes.has_layouts else ""
+            dtype = next(one for one in workload.dtypes if one in contender.dtypes)
+            entry = workloads.Entry(shape, direction, name, dtype, layout)
+            if contender.refusal(entry, "cpu") is None:
+                verdict = validation.Validator(subject, "cpu").verdict(contender, entry)
+                assert verdict.ok and verdict.checks, f"{entry.id}: {verdict}"
+                checked += 1
+    assert checked

@@ -11,9 +11,10 @@ import torch
 import trifuse
 from trifuse import backends
 from trifuse.report import machine, workloads
+from trifuse.report.inputs import Draw
+from trifuse.report.subjects import OPS
 
-DTYPES = tuple(workloads.DTYPES)
-_SHAPES = {"selective_scan": ("B", "D", "L", "N"), "selective_state_update": ("B", "D", "N")}
+DTYPES = tuple(name for name, dtype in workloads.DTYPES.items() if dtype.is_floating_point)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,12 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     explain = commands.add_parser("explain", help="which backend a call would run on, and why the others would not")
-    explain.add_argument("op", choices=sorted(backends.Op.registry))
-    explain.add_argument("--shape", default=None, help="B,D,L,N (selective_scan) or B,D,N (selective_state_update)")
+    explain.add_argument("op", choices=sorted(OPS))
+    explain.add_argument("--shape", default=None, help="; ".join(
+        f"{','.join(one.explained)} ({name})" for name, one in OPS.items()))  # fmt: skip
     explain.add_argument("--dtype", default="float32", choices=DTYPES, help="of the sequences")
     explain.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (need not be there)")
     explain.add_argument("--layout", default="bdl", choices=("bdl", "bld"))
-    explain.add_argument("--complex", action="store_true", help="complex A")
+    explain.add_argument("--complex", action="store_true", help="complex A, or complex sequences")
     explain.add_argument("--backend", choices=backends.NAMES, help="as with trifuse.backend(...) forced")
     explain.set_defaults(run=_explain)
 
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--ops", type=_names, default=(), help="only these ops, comma-separated")
     report.add_argument("--workloads", type=_names, default=(), help="only these workloads, comma-separated")
     report.add_argument("--time-limit", type=_positive, default=None, metavar="S",
-                        help="start no new measurement after S seconds (default 140, with --full 3600)")  # fmt: skip
+                        help="start no new measurement after S seconds (default 280, with --full 3600)")  # fmt: skip
     report.add_argument("--bench", type=Path, default=None, help="the clone's bench folder, if not ./bench")
     report.add_argument("--no-example", action="store_true", help="leave out examples/byte_lm.py")
     report.set_defaults(run=_report)
@@ -100,61 +102,32 @@ def _explain(options: argparse.Namespace) -> int:
 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    names = _SHAPES[options.op]
-    sizes = _sizes(options.shape, names)
-    device = torch.device(options.device)
+    subject = OPS[options.op]
+    if options.complex and not subject.complex_arguments:
+        raise ValueError(f"--complex: {options.op} takes real A only")
+    sizes = _sizes(options.shape, subject.explained)
+    dtype = workloads.DTYPES[options.dtype]
     # Fake tensors carry a shape, a dtype and a device, and no data: any size, any device.
     with FakeTensorMode(), backends.backend(options.backend) if options.backend else nullcontext():
-        if options.op == "selective_scan":
-            arguments = _scan_arguments(sizes, options, device)
-        else:
-            arguments = _update_arguments(sizes, options, device)
-        backends.explain(options.op, *arguments[0], **arguments[1])
+        workload = workloads.Workload("explained", "", options.op, sizes)
+        inputs = subject.make(workload, Draw(torch.device(options.device), None))
+        layout = options.layout if subject.axes.has_layouts else ""
+        inputs = inputs.to(dtype=dtype, layout=layout)
+        if options.complex:
+            wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+            inputs.tensors.update({name: inputs[name].to(wide) for name in subject.complex_arguments})
+        positional, named = subject.arguments(inputs)
+        backends.explain(options.op, *positional, **named)
     return 0
 
 
-def _sizes(text: str | None, names: tuple[str, ...]) -> tuple[int, ...]:
+def _sizes(text: str | None, default: dict[str, int]) -> dict[str, int]:
     if text is None:
-        return {4: (1, 1536, 2048, 16), 3: (1, 1536, 16)}[len(names)]
+        return default
     parts = text.split(",")
-    if len(parts) != len(names) or not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"--shape is {text!r}; it must be {','.join(names)}, as in {','.join('2' * len(names))}")
-    return tuple(int(part) for part in parts)
-
-
-def _scan_arguments(sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device) -> tuple[list, dict]:
-    batch, dim, seqlen, dstate = sizes
-    bld = options.layout == "bld"
-    dtype = workloads.DTYPES[options.dtype]
-    double = dtype == torch.float64
-    real, wide = (torch.float64, torch.complex128) if double else (torch.float32, torch.complex64)
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device=device)
-
-    sequence = (batch, seqlen, dim) if bld else (batch, dim, seqlen)
-    coefficient = (batch, seqlen, dstate) if bld else (batch, dstate, seqlen)
-    weight = empty(dim, of=real)
-    A = empty(dim, dstate, of=wide if options.complex else real)
-    B, C = empty(*coefficient), empty(*coefficient)
-    arguments = [empty(*sequence), empty(*sequence), A, B, C, weight, empty(*sequence), weight, True]
-    return arguments, {"layout": options.layout}
-
-
-def _update_arguments(sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device) -> tuple[list, dict]:
-    batch, dim, dstate = sizes
-    if options.complex:
-        raise ValueError("--complex: selective_state_update takes real A only")
-    dtype = workloads.DTYPES[options.dtype]
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device=device)
-
-    state, A = empty(batch, dim, dstate, of=acc), empty(dim, dstate, of=acc)
-    weight = empty(dim, of=acc)
-    x, coefficient = empty(batch, dim), empty(batch, dstate)
-    return [state, x, x, A, coefficient, coefficient, weight, x, weight, True], {}
+    if len(parts) != len(default) or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--shape is {text!r}; it must be {','.join(default)}, as in {','.join('2' * len(default))}")
+    return dict(zip(default, map(int, parts), strict=True))
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ class Options:
 
     @property
     def seconds(self) -> float:
-        return self.time_limit if self.time_limit is not None else (3600.0 if self.full else 140.0)
+        return self.time_limit if self.time_limit is not None else (3600.0 if self.full else 280.0)
 
 
 def missing_packages() -> list[str]:

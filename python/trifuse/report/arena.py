@@ -15,29 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from trifuse.report import contenders, floors, memory
-from trifuse.report.contenders import CONTENDERS
-from trifuse.report.validation import Validator, Verdict
-from trifuse.report.workloads import DTYPES, Entry, Inputs, Workload, make_inputs
+from trifuse.report import memory
+from trifuse.report.subject import Bench, Timed
+from trifuse.report.subjects import SUBJECTS
+from trifuse.report.workloads import Entry, Workload
 
-__all__ = [
-    "BLOCKS",
-    "COPY_FLOOR",
-    "EXP_FLOOR",
-    "FULL_ROUNDS",
-    "QUICK_ROUNDS",
-    "Arena",
-    "NotTimed",
-    "Turn",
-    "schedule",
-    "timer",
-]
+__all__ = ["BLOCKS", "FULL_ROUNDS", "QUICK_ROUNDS", "Arena", "NotTimed", "Turn", "schedule", "timer"]
 
 BLOCKS = 5
-EXP_FLOOR, COPY_FLOOR = "exp-floor", "copy-floor"
-_FLOORS = (EXP_FLOOR, COPY_FLOOR)
 _MAX_ROUNDS = 50
-_COPY_FLOOR_ELEMENTS = 1 << 26  # beyond them its buffers alone would take gigabytes
 QUICK_ROUNDS, FULL_ROUNDS = 3, 5  # rounds even a slow entry gets
 _SLOW, _VERY_SLOW = 2.0, 8.0  # seconds a call, from which on two rounds, or one, must do in a quick report
 
@@ -61,6 +47,11 @@ class Turn:
     around: Callable[[], AbstractContextManager]
     facts: dict
 
+    def run(self, benchmark) -> None:
+        """Time the block with pytest-benchmark's fixture."""
+        benchmark.extra_info.update(self.facts)
+        benchmark.pedantic(self.call, rounds=self.rounds, iterations=self.iterations, warmup_rounds=self.warmup)
+
 
 @dataclass
 class _Prepared:
@@ -74,25 +65,17 @@ def schedule(workloads: tuple[Workload, ...], device: str) -> tuple[list[tuple[E
     """The turns (entry, block) in the order they are taken, and the entries that take none, with why."""
     turns, absent = [], []
     for workload in workloads:
-        found = list(contenders.entries(workload, device))
+        subject = SUBJECTS[workload.op]
+        found = list(subject.entries(workload, device))
         absent += [(entry, reason) for entry, reason in found if reason is not None]
         for direction in workload.directions:
             group = [entry for entry, reason in found if reason is None and entry.direction == direction]
             if not group:
                 continue
-            group = _floor_entries(workload, direction, device) + group
+            group = subject.floor_entries(workload, direction, device) + group
             for block in range(BLOCKS):
                 turns += [(entry, block) for entry in (group if block % 2 == 0 else reversed(group))]
     return turns, absent
-
-
-def _floor_entries(workload: Workload, direction: str, device: str) -> list[Entry]:
-    if workload.op != "selective_scan":
-        return []
-    out = [Entry(workload, direction, EXP_FLOOR, "float32", "")] if device == "cpu" else []
-    if workload.elements < _COPY_FLOOR_ELEMENTS:
-        out += [Entry(workload, direction, COPY_FLOOR, dtype, "") for dtype in workload.dtypes]
-    return out
 
 
 def timer(device: str) -> Callable[[], float]:
@@ -113,7 +96,7 @@ def rounds_in(block: int, rounds: int) -> int:
 
 
 class Arena:
-    """State of a benchmark session: the current group's tensors, and the verdicts.
+    """State of a benchmark session: the subject at the bench, and what was prepared for its current group.
 
     Args:
         device: "cpu" or "cuda".
@@ -130,18 +113,17 @@ class Arena:
         self.limit = limit
         self.deadline = time.monotonic() + limit
         self.report = report
-        self.validator = Validator(device)
+        self._benches: dict[str, Bench] = {}
         self._workload: Workload | None = None
         self._group = ""
-        self._inputs: dict[tuple[str, str], Inputs] = {}
         self._prepared: dict[Entry, _Prepared | NotTimed] = {}
 
     def turn(self, entry: Entry, block: int) -> Turn:
         """The block of an entry, validated and calibrated when it is its first. Raises NotTimed."""
-        self._enter(entry)
+        bench = self._enter(entry)
         if entry not in self._prepared:
             try:
-                self._prepared[entry] = self._prepare(entry)
+                self._prepared[entry] = self._prepare(bench, entry)
             except NotTimed as reason:
                 self.report({"kind": "absent", "entry": entry.id, "reason": str(reason), "failed": reason.failed})
                 self._prepared[entry] = reason
@@ -153,91 +135,61 @@ class Arena:
             raise NotTimed(f"its {prepared.rounds} rounds fall in other blocks")
         return Turn(
             prepared.call, rounds, prepared.iterations, 1 if prepared.rounds > self.minimum_rounds else 0,
-            self._around(entry), prepared.facts | {"block": block},
+            self._around(bench, entry), prepared.facts | {"block": block},
         )  # fmt: skip
 
-    def _enter(self, entry: Entry) -> None:
+    def close(self) -> None:
+        """End what benches have running."""
+        for bench in self._benches.values():
+            bench.close()
+        self._benches.clear()
+
+    def _enter(self, entry: Entry) -> Bench:
         """Drop what the next group does not need: long sequences fill the memory."""
         if entry.group != self._group:
             self._group = entry.group
             self._prepared.clear()
+        op = entry.workload.op
         if entry.workload != self._workload:
+            if self._workload is not None and self._workload.op != op:
+                self._benches[self._workload.op].enter(None)
             self._workload = entry.workload
-            self._inputs.clear()
-            self.validator.forget_full_cases()
+            if op not in self._benches:
+                self._benches[op] = SUBJECTS[op].bench(self.device)
+            self._benches[op].enter(entry.workload)
             if self.device == "cuda":
                 torch.cuda.empty_cache()
+        return self._benches[op]
 
-    def _around(self, entry: Entry) -> Callable[[], AbstractContextManager]:
-        return nullcontext if entry.contender in _FLOORS else CONTENDERS[entry.contender].around
+    def _around(self, bench: Bench, entry: Entry) -> Callable[[], AbstractContextManager]:
+        return nullcontext if _is_floor(entry) else lambda: bench.around(entry)
 
-    def _prepare(self, entry: Entry) -> _Prepared:
+    def _prepare(self, bench: Bench, entry: Entry) -> _Prepared:
         if time.monotonic() > self.deadline:
             raise NotTimed(f"the time limit of {self.limit:.0f} s was reached before its turn")
-        self._check_memory(entry)
-        if entry.contender not in _FLOORS:
-            self._validate(entry)
-        call, facts = self._call(entry)
-        with self._around(entry)():
-            return self._calibrate(entry, call, facts)
-
-    def _validate(self, entry: Entry) -> Verdict:
-        contender = CONTENDERS[entry.contender]
-        verdict = self.validator.verdict(contender, entry)
-        self.report({"kind": "verdict", "entry": entry.id, "contender": entry.contender, **verdict.as_dict()})
-        if not verdict.ok:
-            raise NotTimed(str(verdict), failed=True)
-        return verdict
-
-    def _check_memory(self, entry: Entry) -> None:
-        one = entry.workload
-        # Five sequence tensors, their copies for validation, and as many again for gradients.
-        need = 20 * one.elements * 4
-        have = memory.available_bytes(self.device)
+        need, have = bench.need_bytes(entry), memory.available_bytes(self.device)
         if need > have:
             raise NotTimed(f"it needs about {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free")
+        if not _is_floor(entry):
+            verdict = bench.verdict(entry)
+            self.report({"kind": "verdict", "entry": entry.id, "contender": entry.contender, **verdict.as_dict()})
+            if not verdict.ok:
+                raise NotTimed(str(verdict), failed=True)
+        timed = bench.timed(entry)
+        facts = {"id": entry.id, "group": entry.group, **timed.facts}
+        with self._around(bench, entry)():
+            return self._calibrate(bench, entry, timed, facts)
 
-    def inputs(self, entry: Entry) -> Inputs:
-        key = (entry.dtype, entry.layout or "bld")
-        if key not in self._inputs:
-            base = self._inputs.get(("float32", "bld"))
-            if base is None:
-                base = self._inputs["float32", "bld"] = make_inputs(entry.workload, self.device)
-            if key != ("float32", "bld"):
-                self._inputs[key] = base.to(dtype=DTYPES[key[0]], layout=key[1])
-        return self._inputs[key]
-
-    def _call(self, entry: Entry) -> tuple[Callable[[], object], dict]:
-        """What to time, and the facts that go with it into the report."""
-        inputs = self.inputs(entry)
-        facts = {
-            "id": entry.id, "group": entry.group, "exponentials": entry.workload.exponentials,
-            "bytes": inputs.bytes(entry.direction),
-        }  # fmt: skip
-        if self.device == "cuda" and entry.workload.op == "selective_scan":
-            facts["exp_floor_computed"], facts["exp_floor_note"] = floors.computed_gpu_exp_floor(entry.workload)
-        if entry.contender == EXP_FLOOR:
-            call, facts["note"] = floors.exp_floor(entry.workload)
-            return call, facts
-        if entry.contender == COPY_FLOOR:
-            call, facts["note"] = floors.copy_floor(inputs, entry.direction)
-            return call, facts
-        contender = CONTENDERS[entry.contender]
-        if entry.workload.op == "selective_state_update":
-            arguments = contenders.update_arguments(inputs)
-            return lambda: contender.update(arguments), facts
-        return contenders.timed_call(contender, inputs, entry.direction), facts
-
-    def _calibrate(self, entry: Entry, call: Callable[[], object], facts: dict) -> _Prepared:
+    def _calibrate(self, bench: Bench, entry: Entry, timed: Timed, facts: dict) -> _Prepared:
         """Run once for the peak of memory, again if that was quick, and plan the rounds."""
-        clock = timer(self.device)
-        if entry.contender == "loop-compiled":
-            call()  # compiles: neither its time nor its memory is the kernel's
+        clock, call = timer(self.device), timed.call
+        if timed.compiles:
+            call()  # neither the time nor the memory of compiling is the kernel's
         start = clock()
-        if entry.contender in _FLOORS:
+        if _is_floor(entry):
             call()
         else:
-            facts["peak_extra_bytes"], facts["memory_method"] = memory.peak_extra(call, self.device)
+            facts["peak_extra_bytes"], facts["memory_method"] = bench.peak(entry, call)
         seconds = clock() - start
         if seconds < 0.5:
             start = clock()
@@ -253,3 +205,7 @@ class Arena:
         # A round shorter than a millisecond would measure the clock and the loop around it.
         iterations = max(1, math.ceil(1e-3 / max(seconds, 1e-7))) if seconds < 1e-3 else 1
         return _Prepared(call, rounds, iterations, facts)
+
+
+def _is_floor(entry: Entry) -> bool:
+    return entry.contender in SUBJECTS[entry.workload.op].floors

@@ -1,7 +1,7 @@
-"""Who is measured: this package's backends, and the rivals that are installed.
+"""Who is measured: this package's backends, the rivals that are installed, and floors.
 
-A contender gives, for the inputs of a call, a function to time, and says in whole sentences why it
-cannot take part when it cannot.
+A contender computes the same function as the subject on the same inputs, and says in whole sentences
+why it cannot take part when it cannot.
 """
 
 from __future__ import annotations
@@ -17,45 +17,48 @@ import torch
 from torch import Tensor
 
 import trifuse
-from trifuse import backends
-from trifuse.report import rivals
-from trifuse.report.workloads import FWD, FWD_BWD, Entry, Inputs, Workload
+from trifuse.report.inputs import Inputs
+from trifuse.report.workloads import FWD_BWD, Entry, Workload
 
-__all__ = ["CONTENDERS", "Contender", "cpu_isas", "entries"]
+__all__ = ["AVX2", "Contender", "Floor", "add_rivals_folder", "backend_contenders", "cpu_isas", "importable", "named"]
 
-Scan = Callable[[Inputs], Tensor]
-_NATIVE_LAYOUTS = ("bld", "bdl")
+Run = Callable[[Inputs], Tensor]
+AVX2 = "cpp-avx2"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Someone who computes the scan.
+    """Someone who computes what the subject computes.
 
     Args:
         name: short, used in ids.
         title: what the report prints.
         kind: "kernel" (ours: held to the tolerance rule), "reference", or "rival".
-        scan: the output of a call on inputs in one of `layouts`.
+        run: the output of a call on inputs in one of `layouts`.
         missing: why it cannot be used on a device at all, or None.
-        limit: the longest sequence per direction that ends in reasonable time.
-        layouts, dtypes, devices: what it takes.
+        limit: the longest sequence (axis L) per direction that ends in reasonable time.
+        layouts: what it takes; None stands for every layout of the workload.
+        dtypes, devices, directions: what it takes (directions: None for all).
+        workloads: takes part in these only, if given.
         around: a context in which everything of this contender runs.
-        update: the one-token form, or None if it has none.
         checked: the cases it is validated on.
+        compiles: its first call compiles, so neither the time nor the memory of that one is its own.
     """
 
     name: str
     title: str
     kind: str
-    scan: Scan
+    run: Run
     missing: Callable[[str], str | None] = lambda device: None
     limit: dict[str, int] = field(default_factory=dict)
-    layouts: tuple[str, ...] = _NATIVE_LAYOUTS
+    layouts: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     devices: tuple[str, ...] = ("cpu", "cuda")
+    directions: tuple[str, ...] | None = None
+    workloads: tuple[str, ...] | None = None
     around: Callable[[], object] = nullcontext
-    update: Callable[[tuple], Tensor] | None = None
-    checked: tuple[str, ...] = ("small",)  # cases of validation.py
+    checked: tuple[str, ...] = ("small",)
+    compiles: bool = False
 
     def refusal(self, entry: Entry, device: str) -> str | None:
         """Why it does not take part in this entry, or None if it does."""
@@ -64,89 +67,107 @@ class Contender:
         reason = self.missing(device)
         if reason is not None:
             return reason
-        longest = self.limit.get(entry.direction)
-        if longest is not None and entry.workload.seqlen > longest:
+        longest, length = self.limit.get(entry.direction), entry.workload.sizes.get("L", 1)
+        if longest is not None and length > longest:
             return (
                 f"{self.title} takes minutes or more memory than there is beyond {longest} steps "
-                f"({entry.direction}), and this workload has {entry.workload.seqlen}"
+                f"({entry.direction}), and this workload has {length}"
             )
         return None
 
 
-def forward(scan: Scan, inputs: Inputs) -> Callable[[], Tensor]:
+@dataclass(frozen=True)
+class Floor:
+    """Less work than any kernel for a subject can do without, timed beside it.
+
+    Args:
+        name, title: as a contender's.
+        make: for a workload, its inputs and a direction, what to call, and a note that says what it is.
+        dtypes: "float32" alone where the dtype of the sequences makes no difference.
+        devices: where it can be measured.
+        largest: elements of the output beyond which it is left out.
+    """
+
+    name: str
+    title: str
+    make: Callable[[Workload, Inputs, str], tuple[Callable[[], object], str]]
+    dtypes: tuple[str, ...] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    largest: int = 1 << 62
+
+
+def named(*found: Contender | Floor) -> dict:
+    """Contenders or floors by their names, in order."""
+    return {one.name: one for one in found}
+
+
+def forward(run: Run, inputs: Inputs) -> Callable[[], Tensor]:
     def call() -> Tensor:
         with torch.no_grad():
-            return scan(inputs)
+            return run(inputs)
 
     return call
 
 
-def forward_backward(scan: Scan, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    leaves = list(inputs.leaves.values())
-    asking = Inputs(inputs.layout, *leaves, inputs.dout)
+def forward_backward(run: Run, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """The output and the gradient of every differentiable argument, in order."""
+    leaves, asking = list(inputs.leaves.values()), inputs.asking()
 
     def call() -> tuple[Tensor, ...]:
-        out = scan(asking)
+        out = run(asking)
         return (out.detach(), *torch.autograd.grad(out, leaves, inputs.dout))
 
     return call
 
 
-def timed_call(contender: Contender, inputs: Inputs, direction: str) -> Callable[[], object]:
+def timed_call(run: Run, inputs: Inputs, direction: str) -> Callable[[], object]:
     """What one round of the benchmark runs."""
-    return (forward_backward if direction == FWD_BWD else forward)(contender.scan, inputs)
+    return (forward_backward if direction == FWD_BWD else forward)(run, inputs)
 
 
-def ours(backend: str) -> Scan:
-    """``trifuse.selective_scan`` forced onto one backend."""
+def forced(backend: str, call: Run) -> Run:
+    """A call of this package's public function held to one backend."""
 
-    def scan(inputs: Inputs) -> Tensor:
+    def run(inputs: Inputs) -> Tensor:
         with trifuse.backend(backend):
-            return trifuse.selective_scan(
-                inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias,
-                True, layout=inputs.layout,
-            )  # fmt: skip
+            return call(inputs)
 
-    return scan
+    return run
 
 
-def our_update(backend: str) -> Callable[[tuple], Tensor]:
-    def update(arguments: tuple) -> Tensor:
-        state, x, dt, A, B, C, D, z, dt_bias = arguments
-        with trifuse.backend(backend), torch.no_grad():
-            return trifuse.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, True)
+def backend_contenders(
+    call: Run, refuse: Callable[[str, str], list[str]], *, avx2_in: tuple[str, ...] = (), **reference: object
+) -> dict[str, Contender]:
+    """Every backend of an op as a contender.
 
-    return update
+    Args:
+        call: the public function on inputs.
+        refuse: (backend, device) -> its reasons for refusing the smallest call.
+        avx2_in: workloads in which the AVX2 build of the CPU kernels is measured as well.
+        reference: what the reference cannot or need not do (`limit`, `layouts`, ...).
+    """
 
+    def missing(backend: str) -> Callable[[str], str | None]:
+        def why(device: str) -> str | None:
+            if device == "cuda" and not torch.cuda.is_available():
+                return "torch finds no CUDA device"
+            return "; ".join(refuse(backend, device)) or None
 
-def update_arguments(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The same values as one token: (state, x, dt, A, B, C, D, z, dt_bias)."""
-    batch, _, dim = inputs.u.shape
-    generator = torch.Generator(device=inputs.u.device).manual_seed(1)
-    state = torch.randn(batch, dim, inputs.A.shape[1], generator=generator, device=inputs.u.device)
-    acc = torch.float64 if inputs.u.dtype == torch.float64 else torch.float32
-    first = [tensor[:, 0].contiguous() for tensor in (inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z)]
-    x, dt, B, C, z = first
-    return state.to(acc), x, dt, inputs.A, B, C, inputs.D, z, inputs.delta_bias
+        return why
 
-
-def example_call(op: str, device: str) -> object:
-    """The smallest checked call of an op, to ask its backends about."""
-    one, weight = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, device=device)
-    arguments = (one, weight, weight) if op == "selective_state_update" else (one, one)
-    return backends.Op.registry[op].prepare(*arguments, weight, weight, weight)
-
-
-def _backend_missing(backend: str) -> Callable[[str], str | None]:
-    """A backend's own refusals, asked with a tiny call on the device."""
-
-    def missing(device: str) -> str | None:
-        if device == "cuda" and not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-        op = backends.Op.registry["selective_scan"]
-        return "; ".join(op.refusals[backend](example_call(op.name, device))) or None
-
-    return missing
+    both = ("small", "full")
+    found = [
+        Contender(name, f"trifuse {name}", "kernel", forced(name, call), missing(name), devices=(device,), checked=both,
+                  dtypes=("float32", "bfloat16", "float16", "complex64"))
+        for name, device in (("cpp", "cpu"), ("cuda", "cuda"), ("triton", "cuda"))
+    ]  # fmt: skip
+    found.append(Contender(
+        AVX2, "trifuse cpp, AVX2 build", "kernel", forced("cpp", call), _isa_missing("avx2", missing("cpp")),
+        devices=("cpu",), dtypes=("float32",), workloads=avx2_in, around=lambda: _with_isa("avx2"), checked=both,
+    ))  # fmt: skip
+    settings = {"dtypes": ("float32", "complex64"), **reference}
+    found.append(Contender("reference", "reference: eager PyTorch", "reference", forced("reference", call), **settings))
+    return named(*found)
 
 
 def cpu_isas() -> tuple[list[str], str | None]:
@@ -159,12 +180,12 @@ def cpu_isas() -> tuple[list[str], str | None]:
         return [], None
 
 
-def _isa_missing(isa: str) -> Callable[[str], str | None]:
+def _isa_missing(isa: str, otherwise: Callable[[str], str | None]) -> Callable[[str], str | None]:
     def missing(device: str) -> str | None:
         available, active = cpu_isas()
         if isa not in available:
             return f"the {isa} build of the kernels is not available on this machine"
-        return f"cpp already runs its {isa} build" if isa == active else _backend_missing("cpp")(device)
+        return f"cpp already runs its {isa} build" if isa == active else otherwise(device)
 
     return missing
 
@@ -196,63 +217,21 @@ def add_rivals_folder(folder: Path = Path(".rivals")) -> None:
             sys.path.append(str(path.resolve()))
 
 
-CONTENDERS = {
-    one.name: one
-    for one in (
-        *(
-            Contender(
-                name, f"trifuse {name}", "kernel", ours(name), _backend_missing(name), devices=(device,),
-                update=our_update(name), checked=("small", "full"),
-            )
-            for name, device in (("cpp", "cpu"), ("cuda", "cuda"), ("triton", "cuda"))
-        ),
-        Contender(
-            "cpp-avx2", "trifuse cpp, AVX2 build", "kernel", ours("cpp"), _isa_missing("avx2"), devices=("cpu",),
-            dtypes=("float32",), around=lambda: _with_isa("avx2"), checked=("small", "full"),
-        ),
-        Contender(
-            "reference", "reference: eager PyTorch", "reference", ours("reference"),
-            limit={FWD: 8192, FWD_BWD: 256}, layouts=("bdl",), dtypes=("float32",), update=our_update("reference"),
-        ),
-        Contender(
-            "loop-compiled", "time loop, its body under torch.compile", "rival", rivals.loop_compiled,
-            limit={FWD: 8192, FWD_BWD: 8192}, layouts=("bld",), dtypes=("float32",), devices=("cpu",),
-            checked=("full",),  # every new shape costs it half a minute of compilation
-        ),
-        Contender(
-            "mambapy", "mambapy: parallel scan", "rival", rivals.mambapy, importable("mambapy"),
-            limit={FWD: 8192, FWD_BWD: 2048}, layouts=("bld",), dtypes=("float32",),
-        ),
-        Contender(
-            "transformers", "transformers: its own fallback", "rival", rivals.transformers, rivals.transformers_missing,
-            limit={FWD: 8192, FWD_BWD: 128}, layouts=("bdl",), dtypes=("float32",),
-            update=rivals.transformers_update,
-        ),
-        Contender(
-            "mamba_ssm", "mamba_ssm: published CUDA scan", "rival", rivals.mamba_ssm, rivals.mamba_ssm_missing,
-            layouts=("bdl",), dtypes=("float32", "bfloat16", "float16"), devices=("cuda",),
-        ),
-    )
-}  # fmt: skip
-
-
-def entries(workload: Workload, device: str) -> Iterator[tuple[Entry, str | None]]:
+def entries(contenders: dict[str, Contender], workload: Workload, device: str) -> Iterator[tuple[Entry, str | None]]:
     """Every entry of a workload on a device, with the reason of those that cannot run."""
     for direction in workload.directions:
-        for contender in CONTENDERS.values():
-            if contender.kind != "kernel" and contender.name not in workload.rivals_in(direction):
+        for one in contenders.values():
+            if one.kind != "kernel" and one.name not in workload.rivals_in(direction):
                 continue
-            if device not in contender.devices:
+            if device not in one.devices or (one.workloads is not None and workload.name not in one.workloads):
                 continue
-            decode = workload.op == "selective_state_update"
-            if decode and contender.update is None:
+            if one.directions is not None and direction not in one.directions:
                 continue
-            if contender.name == "cpp-avx2" and workload.name != "mamba-130m":
-                continue
-            shared = [layout for layout in workload.layouts if layout in contender.layouts]
-            layouts = ("",) if decode else tuple(shared) if contender.kind == "kernel" else contender.layouts
+            wanted = workload.layouts if one.layouts is None or workload.layouts == ("",) else one.layouts
+            if one.kind == "kernel":
+                wanted = tuple(layout for layout in workload.layouts if layout in wanted)
             for dtype in workload.dtypes:
-                if dtype in contender.dtypes:
-                    for layout in layouts:
-                        entry = Entry(workload, direction, contender.name, dtype, layout)
-                        yield entry, contender.refusal(entry, device)
+                if dtype in one.dtypes:
+                    for layout in wanted:
+                        entry = Entry(workload, direction, one.name, dtype, layout)
+                        yield entry, one.refusal(entry, device)

@@ -1,4 +1,4 @@
-"""Floors: times no kernel for this work can go below on this machine."""
+"""Floors that several subjects share: a copy, exponentials, matrix products."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Callable
 
 import torch
 
-from trifuse.report.workloads import Inputs, Workload
+from trifuse.report.contenders import Floor
+from trifuse.report.inputs import Inputs
+from trifuse.report.workloads import FWD_BWD, Workload
 
-__all__ = ["computed_gpu_exp_floor", "copy_floor", "exp_floor"]
+__all__ = ["COPY", "COPY_FLOOR", "EXP_FLOOR", "computed_gpu_exp_floor", "copy_floor", "exp_floor"]
 
+EXP_FLOOR, COPY_FLOOR = "exp-floor", "copy-floor"
 _L1_ELEMENTS = 4096  # 16 KB of float32: stays in any first-level cache
 _SPECIAL_PER_CLOCK = 16  # exponentials per clock and multiprocessor, compute capability 7.x to 10.x
 
@@ -25,11 +28,10 @@ def native_exp_floor() -> Callable[[int, int], float] | None:
     return getattr(_native, "exp_floor", None)
 
 
-def exp_floor(workload: Workload) -> tuple[Callable[[], object], str]:
-    """A call that computes as many exponentials as the workload's scan, and what it is."""
+def exp_floor(count: int) -> tuple[Callable[[], object], str]:
+    """A call that computes so many exponentials, and what it is."""
     native = native_exp_floor()
     threads = torch.get_num_threads()
-    count = workload.exponentials
     if native is not None:
         return lambda: native(count, threads), f"{count:,} exponentials, the kernels' own exp, {threads} threads"
     # torch.exp_ on one cached tile per thread: an upper bound of the true floor, as each repetition
@@ -44,22 +46,26 @@ def exp_floor(workload: Workload) -> tuple[Callable[[], object], str]:
     return loop, f"{count:,} exponentials by torch.exp_ on a cached tensor (no compiled floor in this installation)"
 
 
-def copy_floor(inputs: Inputs, direction: str) -> tuple[Callable[[], object], str]:
+def copy_floor(workload: Workload, inputs: Inputs, direction: str) -> tuple[Callable[[], object], str]:
     """A call that moves as many bytes as the call must read and write once."""
-    total = inputs.bytes(direction)
-    if direction == "fwd+bwd":
+    total = inputs.bytes(direction == FWD_BWD)
+    if direction == FWD_BWD:
         total += inputs.dout.nbytes
-    source = torch.zeros(max(1, total // 8), dtype=torch.float32, device=inputs.u.device)
+    source = torch.zeros(max(1, total // 8), dtype=torch.float32, device=inputs.dout.device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), f"torch copy moving {total / 1e6:.1f} MB, reads and writes counted"
 
 
-def computed_gpu_exp_floor(workload: Workload) -> tuple[float, str]:
+# Beyond so many elements its buffers alone would take gigabytes.
+COPY = Floor(COPY_FLOOR, "floor: copying inputs and outputs", copy_floor, largest=(1 << 26) - 1)
+
+
+def computed_gpu_exp_floor(count: int) -> tuple[float, str]:
     """Seconds the special-function units need at their peak rate: computed, not measured."""
     processors, clock = _gpu()
     rate = processors * _SPECIAL_PER_CLOCK * clock
-    text = f"computed: {workload.exponentials:,} exponentials at {_SPECIAL_PER_CLOCK} per clock and multiprocessor, "
-    return workload.exponentials / rate, text + f"{clock / 1e6:.0f} MHz"
+    text = f"computed: {count:,} exponentials at {_SPECIAL_PER_CLOCK} per clock and multiprocessor, "
+    return count / rate, text + f"{clock / 1e6:.0f} MHz"
 
 
 @functools.cache

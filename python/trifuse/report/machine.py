@@ -44,17 +44,14 @@ def facts(device: str = "cpu") -> dict:
 
 def backends_per_op() -> dict[str, dict[str, list[str]]]:
     """For every op: each backend with its reasons for refusing a small float32 CPU (or CUDA) call."""
-    from trifuse.report.contenders import example_call
+    from trifuse.report.subjects import OPS
 
     out = {}
-    for name, op in sorted(backends.Op.registry.items()):
+    for name, subject in sorted(OPS.items()):
         out[name] = {}
         for backend in backends.NAMES:
             device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
-            if backend not in op.refusals:
-                out[name][backend] = [f"{name} has no {backend} kernel"]
-            else:
-                out[name][backend] = op.refusals[backend](example_call(name, device))
+            out[name][backend] = subject.refusals(backend, device)
     return out
 
 

@@ -78,12 +78,12 @@ def _lengths(axes, groups: list[dict]) -> bool:
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for group, row in _timed(groups):
         same = row["dtype"] == "float32" and row["contender"] not in ("cpp-avx2", "copy-floor")
-        if not same or group["dim"] != 1536 or (row["kind"] == "kernel" and row["layout"] != "bld"):
+        if not same or group["sizes"]["D"] != 1536 or (row["kind"] == "kernel" and row["layout"] != "bld"):
             continue
         if row["contender"] == "exp-floor" and group["direction"] != "fwd":
             continue
         points = lines.setdefault((row["contender"], group["direction"]), {})
-        points[group["seqlen"]] = row["seconds"]["median"]
+        points[group["sizes"]["L"]] = row["seconds"]["median"]
     named: set[str] = set()
     for (contender, direction), points in lines.items():
         lengths = sorted(points)

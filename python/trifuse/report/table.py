@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from trifuse.report.summary import times
+from trifuse.report.headlines import times
 
 __all__ = ["cells", "console", "print_report", "progress", "si_bytes", "si_time"]
 
@@ -64,7 +64,6 @@ def cells(row: dict) -> tuple[str, ...]:
     if "failed" in row:
         return (*first, "FAILED", "", "", "", "", "")
     seconds = row["seconds"]
-    memory = row.get("peak_extra_bytes")
     return (
         *first,
         si_time(seconds["median"]),
@@ -72,8 +71,15 @@ def cells(row: dict) -> tuple[str, ...]:
         str(row["rounds"]),
         times(row["speedup"]) if "speedup" in row else "",
         times(row["floor_ratio"]) if "floor_ratio" in row else "",
-        "" if memory is None else f"{si_bytes(memory)} ({row['memory_ratio']:.2f} x)",
+        _memory(row),
     )
+
+
+def _memory(row: dict) -> str:
+    if row.get("peak_extra_bytes") is None:
+        return ""
+    ratio = f" ({row['memory_ratio']:.2f} x)" if "memory_ratio" in row else ""
+    return si_bytes(row["peak_extra_bytes"]) + ratio
 
 
 def print_report(on: Console, report: dict) -> None:
@@ -83,6 +89,7 @@ def print_report(on: Console, report: dict) -> None:
              + (", ".join(machine["cuda"]) or "no CUDA device"))  # fmt: skip
     for group in report["groups"]:
         heading = f"{group['title']}: {group['op']} {group['direction']} ({group['shape']})"
+        heading += f"; floor: {group['floor']}" if group["floor"] else ""
         table = Table(title=heading, title_justify="left")
         for index, header in enumerate(HEADERS):
             table.add_column(header, justify="left" if index < 3 else "right", no_wrap=True)
@@ -95,7 +102,7 @@ def print_report(on: Console, report: dict) -> None:
             if "failed" in row:
                 text = f"  FAILED {row['title']} {row['dtype']} {row['layout']}: {row['failed']}"
                 on.print(Text(text, style="bold red"))
-    on.print("[dim]speed-up: over the fastest rival of the table. x floor: time over that of the exponentials alone. "
+    on.print("[dim]speed-up: over the fastest rival of the table. x floor: time over that of the named floor. "
              "extra memory: peak beyond the inputs (over inputs + outputs + gradients).[/]")  # fmt: skip
     if report["absent"]:
         on.print("\n[bold]Not measured[/]")

@@ -8,32 +8,34 @@ tensor's dtype at the largest magnitude of ``ref``.
 Two cases per workload and dtype:
 
 - ``small``: all channels of a small shape with an awkward length, every gradient.
-- ``full``: the timed shape itself. Channels are independent but for the sums over channels in dB and
-  dC, so the float64 reference computes a few channels spread over D, and the gradient of the output
-  is zero elsewhere, which leaves every gradient of the full call comparable.
+- ``full``: the timed shape itself. The places of the subject's probed axis (channels, heads) are
+  independent but for gradients that are sums over them, so the float64 reference computes a few
+  places spread over that axis, and the gradient of the output is zero elsewhere, which leaves every
+  gradient of the full call comparable.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trifuse.report import contenders
-from trifuse.report.contenders import Contender
-from trifuse.report.workloads import DTYPES, FWD_BWD, Entry, Inputs, Workload, make_inputs
+from trifuse.report.contenders import Contender, Run
+from trifuse.report.inputs import Draw, Inputs, swapped, taken
+from trifuse.report.workloads import DTYPES, FWD_BWD, Entry, Workload
+
+if TYPE_CHECKING:
+    from trifuse.report.subject import OpSubject
 
 __all__ = ["Check", "Validator", "Verdict", "compare"]
 
 ULPS = 4
-RIVAL_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest magnitude
-_SMALL = {"batch": 2, "dim": 72, "seqlen": 131}
-_PROBES = 8
-_LONGEST_BACKWARD = 2048  # steps the reference's quadratic backward is run for
-_LONGEST_FORWARD = 65536
+RIVAL_TOLERANCE = {"float32": 1e-3, "complex64": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest magnitude
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def compare(case: str, name: str, got: Tensor, reference: Tensor, eager: Tensor,
     largest = reference.abs().max().item()
 
     def error(tensor: Tensor) -> float:
-        return (tensor.double() - reference).abs().max().item()
+        return (tensor.to(reference.dtype) - reference).abs().max().item()
 
     if rival is not None:
         return Check(case, name, error(got), error(eager), rival * largest)
@@ -105,34 +107,26 @@ class _Case:
 
     name: str
     inputs: Inputs
-    channels: Tensor | None
+    places: Tensor | None
     reference: dict[str, Tensor]
     eager: dict[str, Tensor]
 
 
-def _answers(contender_scan: Callable, inputs: Inputs, backward: bool) -> dict[str, Tensor]:
+def answers(run: Run, inputs: Inputs, backward: bool) -> dict[str, Tensor]:
+    """Everything a call computes: "out", what it changed in place, and with `backward` every gradient."""
+    inputs = inputs.fresh()
     if not backward:
-        return {"out": contenders.forward(contender_scan, inputs)()}
-    out, *grads = contenders.forward_backward(contender_scan, inputs)()
-    return {"out": out} | {f"d{name}": grad for name, grad in zip(Inputs.ARGUMENTS, grads, strict=True)}
-
-
-def _restrict(answers: dict[str, Tensor], layout: str, channels: Tensor | None) -> dict[str, Tensor]:
-    """Answers in "bld", restricted to the probed channels."""
-    out = {}
-    for name, tensor in answers.items():
-        if layout == "bdl" and tensor.dim() == 3:
-            tensor = tensor.transpose(1, 2)
-        if channels is not None and name not in ("dB", "dC"):
-            tensor = tensor.index_select(2 if tensor.dim() == 3 else 0, channels)
-        out[name] = tensor
-    return out
+        out = contenders.forward(run, inputs)()
+        return {"out": out} | {name: inputs[name] for name in inputs.axes.mutated}
+    out, *grads = contenders.forward_backward(run, inputs)()
+    return {"out": out} | {f"d{name}": grad for name, grad in zip(inputs.leaves, grads, strict=True)}
 
 
 class Validator:
-    """Checks contenders; the reference's answers are computed once per workload and dtype."""
+    """Checks contenders of a subject; the reference's answers are computed once per workload and dtype."""
 
-    def __init__(self, device: str):
+    def __init__(self, subject: OpSubject, device: str):
+        self.subject = subject
         self.device = device
         self._cases: dict[tuple, _Case] = {}
         self._verdicts: dict[tuple, Verdict] = {}
@@ -153,58 +147,61 @@ class Validator:
 
     def _checks(self, contender: Contender, entry: Entry) -> Iterator[Check]:
         rival = RIVAL_TOLERANCE[entry.dtype] if contender.kind == "rival" else None
-        if entry.workload.op == "selective_state_update":
-            yield from self._update_checks(contender, entry, rival)
-            return
         backward = entry.direction == FWD_BWD
         for name in contender.checked:
             case = self._case(name, entry.workload, backward, entry.dtype)
             inputs = case.inputs.to(layout=entry.layout)
-            got = _restrict(_answers(contender.scan, inputs, backward), entry.layout, case.channels)
+            got = self._restrict(answers(contender.run, inputs, backward), entry.layout, case.places)
             for tensor in got:
                 yield compare(case.name, tensor, got[tensor], case.reference[tensor], case.eager[tensor], rival)
+        if contender.kind == "kernel":
+            yield from self.subject.checks(contender.run, entry, self.device)
+
+    def _restrict(self, found: dict[str, Tensor], layout: str, places: Tensor | None) -> dict[str, Tensor]:
+        """Answers in "bld", restricted to the probed places."""
+        axes, out = self.subject.axes, {}
+        for name, tensor in found.items():
+            argument = "out" if name == "out" else name if name in axes.mutated else name[1:]
+            tensor = swapped(tensor, layout == "bdl" and axes.turns(argument))
+            if places is not None:
+                tensor = taken(axes, argument, tensor, "bld", self.subject.probed, places)
+            out[name] = tensor
+        return out
 
     def _case(self, name: str, workload: Workload, backward: bool, dtype: str) -> _Case:
+        subject = self.subject
+        trainable = FWD_BWD in workload.directions
         if name == "small":
-            dim, seqlen = min(_SMALL["dim"], workload.dim), min(_SMALL["seqlen"], workload.seqlen)
-            shape = replace(workload, batch=_SMALL["batch"], dim=dim, seqlen=seqlen)
+            # One case serves both directions, and every workload whose small shape is the same.
+            shape = workload.sized(**{axis: min(size, workload[axis]) if axis != "B" else size
+                                      for axis, size in subject.small.items()})  # fmt: skip
+            backward = backward or trainable
         else:
-            longest = _LONGEST_BACKWARD if backward else _LONGEST_FORWARD
-            shape = replace(workload, seqlen=min(longest, workload.seqlen))
-        # One case serves both directions where its backward pass can be afforded.
-        backward = backward or (FWD_BWD in workload.directions and shape.seqlen <= _LONGEST_BACKWARD)
+            shape = workload
+            if "L" in workload.sizes:
+                backward = backward or (trainable and workload["L"] <= subject.longest[1])
+                shape = workload.sized(L=min(subject.longest[backward], workload["L"]))
         key = (shape.shape(), backward, dtype, name)
         if key not in self._cases:
             self._cases[key] = self._make_case(name, shape, backward, DTYPES[dtype])
         return self._cases[key]
 
     def _make_case(self, name: str, shape: Workload, backward: bool, dtype: torch.dtype) -> _Case:
-        inputs = make_inputs(shape, self.device, seed=1).to(dtype=dtype)
-        channels, part = None, inputs
-        if name == "full":
-            probes = min(_PROBES, shape.dim)
-            channels = torch.linspace(0, shape.dim - 1, probes).long().to(self.device)
-            inputs.dout.copy_(torch.zeros_like(inputs.dout).index_copy_(2, channels, inputs.dout[..., channels]))
-            part = inputs.channels(channels)
-        scan = contenders.ours("reference")
+        subject = self.subject
+        inputs = subject.make(shape, Draw(self.device, 1)).to(dtype=dtype)
+        places, part = None, inputs
+        if name == "full" and shape[subject.probed] > subject.probes:
+            places = torch.linspace(0, shape[subject.probed] - 1, subject.probes).long().to(self.device)
+            if "dout" in inputs.tensors:
+                axis = subject.axes.of["dout"].index(subject.probed)
+                kept = torch.zeros_like(inputs.dout).index_copy_(axis, places, inputs.dout.index_select(axis, places))
+                inputs.dout.copy_(kept)
+            part = inputs.take(subject.probed, places)
+        reference = subject.contenders["reference"].run
+        layout = subject.reference_layout if subject.axes.has_layouts else ""
 
-        def answers(at: torch.dtype | None) -> dict[str, Tensor]:
-            # "bdl" is the reference's own form; the result is compared in "bld".
-            return _restrict(_answers(scan, part.to(dtype=at, layout="bdl"), backward), "bdl", None)
+        def computed(at: torch.dtype | None) -> dict[str, Tensor]:
+            return self._restrict(answers(reference, part.to(dtype=at, layout=layout), backward), layout, None)
 
         label = f"{name} ({shape.shape()})"
-        return _Case(label, inputs, channels, answers(torch.float64), answers(None))
-
-    def _update_checks(self, contender: Contender, entry: Entry, rival: float | None) -> Iterator[Check]:
-        inputs = make_inputs(entry.workload, self.device, seed=1).to(dtype=DTYPES[entry.dtype])
-        arguments = contenders.update_arguments(inputs)
-        reference = contenders.our_update("reference")
-
-        def run(update: Callable, dtype: torch.dtype | None) -> dict[str, Tensor]:
-            copies = tuple(tensor.to(dtype or tensor.dtype, copy=True) for tensor in arguments)
-            out = update(copies)
-            return {"out": out, "state": copies[0]}
-
-        exact, eager, got = run(reference, torch.float64), run(reference, None), run(contender.update, None)
-        for name in exact:
-            yield compare(f"full ({entry.workload.shape()})", name, got[name], exact[name], eager[name], rival)
+        return _Case(label, inputs, places, computed(torch.float64), computed(None))

@@ -253,6 +253,63 @@ def test_packed_texts_do_not_see_each_other(bounds):
     torch.testing.assert_close(out, torch.cat(parts, dim=1))
 
 
+def texts_and_padding(lengths, size, side, seed=3, d_model=16):
+    """Texts of these lengths in one batch, padded with NaN on one side (or on both), and the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.full((len(lengths), size, d_model), float("nan"), dtype=torch.float64)
+    mask = torch.zeros(len(lengths), size, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        start = {"right": 0, "left": size - length, "both": (size - length) // 2}[side]
+        mask[row, start : start + length] = True
+        x[row, start : start + length] = torch.randn(length, d_model, generator=generator, dtype=torch.float64)
+    return x, mask
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_never_changes_a_text(side, bias, mask_dtype):
+    layer = make(bias=bias)
+    x, mask = texts_and_padding([7, 3, 0, 9], 9, side)
+    x.requires_grad_()
+    out = layer(x, attention_mask=mask.to(mask_dtype))
+    assert (out[~mask] == 0).all()
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()])
+    assert (grads[0][~mask] == 0).all()
+    expected = 0.0
+    for row in range(4):
+        alone = layer(x[row : row + 1, mask[row]])
+        torch.testing.assert_close(out[row, mask[row]], alone[0])
+        expected = expected + (alone[0] * weight[row, mask[row]]).sum()
+    wanted = torch.autograd.grad(expected, [x, *layer.parameters()])
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("d_conv", [1, 4])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@torch.no_grad()
+def test_padding_never_changes_the_states(side, d_conv):
+    """Pieces of a text with padding in each of them, then a token without, are the text in one."""
+    layer, cache = make(d_conv=d_conv), InferenceParams()
+    sizes = [([5, 2, 0], 6), ([1, 3, 4], 4), ([0, 1, 1], 1), ([1, 1, 1], 1)]
+    pieces = [texts_and_padding(lengths, size, side, seed=i) for i, (lengths, size) in enumerate(sizes)]
+    outs = []
+    for x, mask in pieces:
+        outs.append(layer(x, cache, attention_mask=mask))
+        cache.seqlen_offset += x.shape[1]
+    conv_state, ssm_state = cache.key_value_memory_dict[0]
+    for row in range(3):
+        text = torch.cat([x[row, mask[row]] for x, mask in pieces]).unsqueeze(0)
+        alone = InferenceParams()
+        expected = layer(text, alone)[0]
+        got = torch.cat([out[row, mask[row]] for out, (_, mask) in zip(outs, pieces, strict=True)])
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(conv_state[row], alone.key_value_memory_dict[0][0][0])
+        torch.testing.assert_close(ssm_state[row], alone.key_value_memory_dict[0][1][0])
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 16), (0, 3, 16), (0, 0, 16)], ids=str)
 def test_empty_input_gives_empty_output(shape):
     layer = make()
@@ -309,6 +366,11 @@ def test_bad_input_is_refused_before_any_state_moves():
     offsets = torch.tensor([0, 3])
     refused("Mamba: cu_seqlens came with inference_params", layer, x[:1], cache, cu_seqlens=offsets)
     refused("Mamba: cu_seqlens is on meta; it must be on cpu", layer, x[:1], cu_seqlens=offsets.to("meta"))
+    mask = torch.ones(2, 3)
+    refused("Mamba: attention_mask has shape (2, 2); it must be (B, L) = (2, 3)", layer, x, attention_mask=mask[:, :2])
+    refused("Mamba: attention_mask is on meta; it must be on cpu", layer, x, attention_mask=mask.to("meta"))
+    refused("Mamba: attention_mask is list; it must be", layer, x, attention_mask=[1], error=TypeError)
+    refused("Mamba: attention_mask came with cu_seqlens", layer, x[:1], attention_mask=mask[:1], cu_seqlens=offsets)
     refused("Mamba: layer_idx is None; a layer needs one", Mamba(16), x.float(), InferenceParams())
     refused('Mamba: dt_init is \'zero\'; it must be "random" or "constant"', Mamba, 16, dt_init="zero")
     refused("Mamba: dt_rank is 'big'; it must be a positive int or \"auto\"", Mamba, 16, dt_rank="big")

@@ -1,5 +1,6 @@
 """Drop-in ``torch.nn`` modules."""
 
-from trifuse.nn.mamba import InferenceParams, Mamba
+from trifuse.nn.block import InferenceParams
+from trifuse.nn.mamba import Mamba
 
 __all__ = ["InferenceParams", "Mamba"]

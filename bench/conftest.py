@@ -61,7 +61,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order is that of the workloads, whichever file an op's turns come from."""
-    items.sort(key=lambda item: item.callspec.params["place"] if hasattr(item, "callspec") else (0, 0))
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        found = item.callspec.params.get("place") if hasattr(item, "callspec") else None
+        return found if isinstance(found, tuple) else (-1, 0)  # an op of which nothing was asked has no place
+
+    items.sort(key=place)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -170,13 +170,15 @@ class Arena:
         need, have = bench.need_bytes(entry), memory.available_bytes(self.device)
         if need > have:
             raise NotTimed(f"it needs about {need / 1e9:.1f} GB and {have / 1e9:.1f} GB are free")
+        errors = {}
         if not _is_floor(entry):
             verdict = bench.verdict(entry)
             self.report({"kind": "verdict", "entry": entry.id, "contender": entry.contender, **verdict.as_dict()})
             if not verdict.ok:
                 raise NotTimed(str(verdict), failed=True)
+            errors = {f"{check.case} {check.tensor}": check.error for check in verdict.checks}
         timed = bench.timed(entry)
-        facts = {"id": entry.id, "group": entry.group, **timed.facts}
+        facts = {"id": entry.id, "group": entry.group, "errors": errors, **timed.facts}
         with self._around(bench, entry)():
             return self._calibrate(bench, entry, timed, facts)
 

@@ -36,6 +36,7 @@ class Contender:
         kind: "kernel" (ours: held to the tolerance rule), "reference", or "rival".
         run: the output of a call on inputs in one of `layouts`.
         missing: why it cannot be used on a device at all, or None.
+        cannot: why it cannot take part in an entry, or None.
         limit: the longest sequence (axis L) per direction that ends in reasonable time.
         layouts: what it takes; None stands for every layout of the workload.
         dtypes, devices, directions: what it takes (directions: None for all).
@@ -50,6 +51,7 @@ class Contender:
     kind: str
     run: Run
     missing: Callable[[str], str | None] = lambda device: None
+    cannot: Callable[[Entry], str | None] = lambda entry: None
     limit: dict[str, int] = field(default_factory=dict)
     layouts: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -64,7 +66,7 @@ class Contender:
         """Why it does not take part in this entry, or None if it does."""
         if device not in self.devices:
             return f"{self.title} does not run on {device}"
-        reason = self.missing(device)
+        reason = self.missing(device) or self.cannot(entry)
         if reason is not None:
             return reason
         longest, length = self.limit.get(entry.direction), entry.workload.sizes.get("L", 1)

@@ -141,6 +141,7 @@ class OpSubject(Subject):
     probes: int = 8
     small: dict[str, int] = sizes()
     longest: tuple[int, int] = (1 << 62, 1 << 62)
+    least: dict[str, int] = sizes()  # extents of which one is too few
     reference_layout: str = "bdl"
     complex_arguments: tuple[str, ...] = ()  # those that --complex makes complex
     explained: dict[str, int]  # the sizes `explain` asks for, with their defaults
@@ -175,13 +176,22 @@ class OpSubject(Subject):
     def elements(self, workload: Workload) -> int:
         return workload.count(self.axes.of["out"])
 
+    def probe(self, workload: Workload) -> tuple[str, int]:
+        """The axis along which a full-size case is checked at a few places only, and at how many."""
+        return self.probed, self.probes
+
+    def need_bytes(self, entry: Entry) -> int:
+        """About how much memory validating and timing an entry takes."""
+        # Five tensors of the output's size, their copies for validation, and as many again for gradients.
+        return 20 * self.elements(entry.workload) * 4
+
     def facts(self, workload: Workload, device: str) -> dict:
         """Facts of a workload that rows carry."""
         return {}
 
     def smallest(self, device: str) -> Inputs:
         """The smallest call, to ask backends about."""
-        one = Workload("smallest", "", self.op, dict.fromkeys(self.explained, 1))
+        one = Workload("smallest", "", self.op, {**dict.fromkeys(self.explained, 1), **self.least})
         return self.make(one, Draw(device, None))
 
     def refusals(self, backend: str, device: str) -> list[str]:
@@ -209,8 +219,7 @@ class OpBench(Bench):
             self.validator.forget_full_cases()
 
     def need_bytes(self, entry: Entry) -> int:
-        # About five tensors of the output's size, their copies for validation, and as many again for gradients.
-        return 20 * self.subject.elements(entry.workload) * 4
+        return self.subject.need_bytes(entry)
 
     def verdict(self, entry: Entry) -> Verdict:
         return self.validator.verdict(self.contenders[entry.contender], entry)

@@ -107,6 +107,7 @@ class _Case:
 
     name: str
     inputs: Inputs
+    letter: str
     places: Tensor | None
     reference: dict[str, Tensor]
     eager: dict[str, Tensor]
@@ -151,20 +152,22 @@ class Validator:
         for name in contender.checked:
             case = self._case(name, entry.workload, backward, entry.dtype)
             inputs = case.inputs.to(layout=entry.layout)
-            got = self._restrict(answers(contender.run, inputs, backward), entry.layout, case.places)
+            got = self._restrict(answers(contender.run, inputs, backward), entry.layout, case.letter, case.places)
             for tensor in got:
                 yield compare(case.name, tensor, got[tensor], case.reference[tensor], case.eager[tensor], rival)
         if contender.kind == "kernel":
             yield from self.subject.checks(contender.run, entry, self.device)
 
-    def _restrict(self, found: dict[str, Tensor], layout: str, places: Tensor | None) -> dict[str, Tensor]:
+    def _restrict(
+        self, found: dict[str, Tensor], layout: str, letter: str = "", places: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Answers in "bld", restricted to the probed places."""
         axes, out = self.subject.axes, {}
         for name, tensor in found.items():
             argument = "out" if name == "out" else name if name in axes.mutated else name[1:]
             tensor = swapped(tensor, layout == "bdl" and axes.turns(argument))
             if places is not None:
-                tensor = taken(axes, argument, tensor, "bld", self.subject.probed, places)
+                tensor = taken(axes, argument, tensor, "bld", letter, places)
             out[name] = tensor
         return out
 
@@ -190,18 +193,19 @@ class Validator:
         subject = self.subject
         inputs = subject.make(shape, Draw(self.device, 1)).to(dtype=dtype)
         places, part = None, inputs
-        if name == "full" and shape[subject.probed] > subject.probes:
-            places = torch.linspace(0, shape[subject.probed] - 1, subject.probes).long().to(self.device)
+        letter, count = subject.probe(shape)
+        if name == "full" and shape[letter] > count:
+            places = torch.linspace(0, shape[letter] - 1, count).long().to(self.device)
             if "dout" in inputs.tensors:
-                axis = subject.axes.of["dout"].index(subject.probed)
+                axis = subject.axes.of["dout"].index(letter)
                 kept = torch.zeros_like(inputs.dout).index_copy_(axis, places, inputs.dout.index_select(axis, places))
                 inputs.dout.copy_(kept)
-            part = inputs.take(subject.probed, places)
+            part = inputs.take(letter, places)
         reference = subject.contenders["reference"].run
         layout = subject.reference_layout if subject.axes.has_layouts else ""
 
         def computed(at: torch.dtype | None) -> dict[str, Tensor]:
-            return self._restrict(answers(reference, part.to(dtype=at, layout=layout), backward), layout, None)
+            return self._restrict(answers(reference, part.to(dtype=at, layout=layout), backward), layout)
 
         label = f"{name} ({shape.shape()})"
-        return _Case(label, inputs, places, computed(torch.float64), computed(None))
+        return _Case(label, inputs, letter, places, computed(torch.float64), computed(None))

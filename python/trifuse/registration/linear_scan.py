@@ -74,9 +74,9 @@ def _triton_refusals(call: Any) -> list[str]:
 
 
 def register_backends(op: Op) -> None:
-    op.backend("cpp", lambda call: ["linear_scan has no cpp kernel yet"])
-    op.backend("cuda", lambda call: ["linear_scan has no cuda kernel yet"])
-    op.backend("triton", lambda call: ["linear_scan has no triton kernel yet"])
+    op.backend("cpp", common.cpp_refusals)
+    op.backend("cuda", _cuda_refusals)
+    op.backend("triton", _triton_refusals)
 
 
 def scan(backend: str, call: Any) -> tuple[Tensor, Tensor]:

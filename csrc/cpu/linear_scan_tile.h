@@ -112,6 +112,8 @@ struct Operand {
       same = same && offset[i] == offset[0];
     }
   }
+  // Every lane owns its number, and the numbers of a step are neighbours.
+  bool neighbours() const { return side_by_side && first == 0; }
   TRIFUSE_INLINE S* at(int lane, int64_t t) const { return base + kSize * (offset[lane] + t * time); }
 
   // rows [row, row + n) of the tile = times t, t + 1, ... of every lane.

@@ -24,6 +24,37 @@ TRIFUSE_INLINE void put(Tile<E, kComplex>& tile, int row, const Number<E, kCompl
   narrow<E>(tile.part[0][row], x.part[0]);
   if constexpr (kComplex) narrow<E>(tile.part[1][row], x.part[1]);
 }
+// Numbers that are neighbours in memory, without the way through a tile.
+template <class E>
+TRIFUSE_INLINE Wide<E> widen_lanes(Vec<E> x) {
+  alignas(64) E memory[kLanes<E>];
+  store<E>(memory, x);
+  return widen<E>(memory);
+}
+template <class E, bool kComplex, class S>
+TRIFUSE_INLINE Number<E, kComplex> read(const S* p) {
+  Number<E, kComplex> x;
+  if constexpr (std::is_same_v<E, S> && !kComplex) {
+    x.part[0] = widen<E>(p);
+  } else {
+    Vec<E> re, im;
+    load_neighbours<E, kComplex>(p, re, im);
+    x.part[0] = widen_lanes<E>(re);
+    if constexpr (kComplex) x.part[1] = widen_lanes<E>(im);
+  }
+  return x;
+}
+template <class E, bool kComplex, class S>
+TRIFUSE_INLINE void write(S* p, const Number<E, kComplex>& x) {
+  if constexpr (std::is_same_v<E, S> && !kComplex) {
+    narrow<E>(p, x.part[0]);
+  } else {
+    alignas(64) E memory[2][kLanes<E>];
+    narrow<E>(memory[0], x.part[0]);
+    if constexpr (kComplex) narrow<E>(memory[1], x.part[1]);
+    store_neighbours<E, kComplex>(p, load<E>(memory[0]), load<E>(memory[kComplex]));
+  }
+}
 template <class E, bool kComplex>
 TRIFUSE_INLINE Number<E, kComplex> all_lanes(double re) {
   Number<E, kComplex> x;
@@ -106,6 +137,7 @@ struct ForwardGroup {
 
   template <bool kDown, Pass kPass>
   TRIFUSE_INLINE void tile(int64_t t, int n, int64_t, const Number<E, kB>&, int64_t ahead) {
+    if (a.neighbours() && b.neighbours() && h.neighbours()) return rows<kDown, kPass>(t, n);
     Tile<E, kA> factors;
     Tile<E, kB> terms;
     a.load(factors, t, n, 0, ahead);
@@ -124,6 +156,24 @@ struct ForwardGroup {
     state = x;
     product = y;
     if constexpr (kPass == Pass::kAll) h.store_tile(terms, t, n);
+  }
+
+  // The same where channels are neighbours in memory.
+  template <bool kDown, Pass kPass>
+  TRIFUSE_INLINE void rows(int64_t t, int n) {
+    Number<E, kB> x = state;
+    Number<E, kA> y = product;
+    each_row<kDown>(n, [&](int s) {
+      const Number<E, kA> factor = read<E, kA>(a.at(0, t + s));
+      x = add(times<false, E>(factor, x), read<E, kB>(b.at(0, t + s)));
+      if constexpr (kPass == Pass::kAll) {
+        write<E, kB>(h.at(0, t + s), x);
+      } else {
+        y = times<false, E>(factor, y);
+      }
+    });
+    state = x;
+    product = y;
   }
 };
 
@@ -162,6 +212,9 @@ struct AdjointGroup {
 
   template <bool kDown, Pass kPass>
   TRIFUSE_INLINE void tile(int64_t t, int n, int64_t length, const Number<E, kB>& first, int64_t ahead) {
+    if (a.neighbours() && h.neighbours() && dh.neighbours() && da.neighbours() && db.neighbours()) {
+      return rows<kDown, kPass>(t, n, lanes.inner[0] ? -1 : kDown ? 0 : length - 1, first);
+    }
     Tile<E, kA> factors;
     Tile<E, kB> grads, before;
     a.load(factors, t, n, 0, ahead);
@@ -186,6 +239,27 @@ struct AdjointGroup {
       da.store_tile(factors, t, n);
       db.store_tile(grads, t, n);
     }
+  }
+
+  // The same where channels are neighbours in memory; `edge` is the step that starts from `first`.
+  template <bool kDown, Pass kPass>
+  TRIFUSE_INLINE void rows(int64_t t, int n, int64_t edge, const Number<E, kB>& first) {
+    Number<E, kB> c = state;
+    Number<E, kA> y = product;
+    each_row<kDown>(n, [&](int s) {
+      const Number<E, kA> factor = read<E, kA>(a.at(0, t + s));
+      const Number<E, kB> g = add(c, read<E, kB>(dh.at(0, t + s)));
+      c = times<true, E>(factor, g);
+      if constexpr (kPass == Pass::kAll) {
+        const Number<E, kB> before = t + s == edge ? first : read<E, kB>(h.at(0, kDown ? t + s - 1 : t + s + 1));
+        write<E, kA>(da.at(0, t + s), factor_gradient<E, kA, kB>(g, before));
+        write<E, kB>(db.at(0, t + s), g);
+      } else {
+        y = times<true, E>(factor, y);
+      }
+    });
+    state = c;
+    product = y;
   }
 };
 

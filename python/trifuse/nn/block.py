@@ -56,10 +56,11 @@ def cached_states(block: Any, inference_params: Any, batch_size: int, start: boo
     states = cache.get(block.layer_idx)
     if states is None or (start and states[0].shape[0] != batch_size):
         states = cache[block.layer_idx] = block.allocate_inference_cache(batch_size)
+        return states
     block._check_states(batch_size, *states)
     if start:
-        for state in states:
-            state.zero_()
+        for state, first in zip(states, block.allocate_inference_cache(batch_size), strict=True):
+            state.copy_(first)
     return states
 
 

@@ -5,7 +5,7 @@
 #include "common.h"
 
 // Each of the three compilations joins as its kernels arrive.
-#if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED) && 0
+#if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED)
 namespace trifuse {
 namespace {
 

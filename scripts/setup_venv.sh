@@ -36,7 +36,13 @@ command -v cmake >/dev/null || "${pip[@]}" install cmake
 
 for extra in "$@"; do
   case $extra in
-    test) "${pip[@]}" install pytest pytest-benchmark pytest-timeout hypothesis ruff clang-format ;;
+    # transformers and peft need a torch and take the one that is there; without them their tests are skipped.
+    test)
+      "${pip[@]}" install pytest pytest-benchmark pytest-timeout hypothesis ruff clang-format
+      torch=$("$venv/bin/python" -c "import torch; print(torch.__version__)")
+      "${pip[@]}" install --constraint <(echo "torch==$torch") "transformers>=5.23" peft ||
+        echo "transformers and peft could not be installed: the tests of their models will say so"
+      ;;
     report) "${pip[@]}" install matplotlib jinja2 rich pytest pytest-benchmark ;;
     # What the report compares with. None may bring a torch of its own, and none is needed.
     rivals)

@@ -1,0 +1,60 @@
+"""trifuse's kernels under the names that other people's code imports.
+
+``install()`` makes ``mamba_ssm`` and ``causal_conv1d`` importable, and transformers' Mamba models use the kernels.
+Importing trifuse, or this module, changes nothing.
+"""
+
+from __future__ import annotations
+
+from trifuse.integrations import stand_ins, transformers_hook
+
+__all__ = ["install", "uninstall"]
+
+_finder: stand_ins.Finder | None = None
+_hook: transformers_hook.Hook | None = None
+
+
+def install(force: bool = False) -> tuple[str, ...]:
+    """Serve ``import mamba_ssm`` and ``import causal_conv1d`` with trifuse, and put it into transformers' Mamba models.
+
+    Call it before transformers' models are imported. The modules have the usual paths, names and signatures
+    (``mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined``, ``causal_conv1d.causal_conv1d_fn``,
+    ``mamba_ssm.Mamba``, ...) and work on CPUs and GPUs. In transformers the mixers of mamba, falcon_mamba, jamba,
+    zamba, mamba2, bamba, zamba2, nemotron_h, granitemoehybrid and falcon_h1 then run on trifuse, each calling its
+    submodules, so that adapters on them are honoured; every other model that asks for these packages finds them.
+
+    Calling it again is allowed; it then only adds what ``force`` adds.
+
+    Args:
+        force: also stand in for a package that is installed. Without it an installed package is left alone.
+
+    Returns:
+        The names of the packages that trifuse stands in for: with both installed and no ``force``, none, and
+        transformers is left alone too.
+
+    Warns:
+        RuntimeWarning: transformers' model code was imported before; it says what that means and what to do.
+    """
+    global _finder, _hook
+    wanted = tuple(name for name in stand_ins.VERSIONS if force or not stand_ins.is_installed(name))
+    if _finder is not None:
+        if set(wanted) <= set(_finder.packages):
+            return _finder.packages
+        uninstall()
+    if not wanted:
+        return ()
+    _finder = stand_ins.Finder(wanted)
+    _finder.start()
+    _hook = transformers_hook.Hook(mixers="mamba_ssm" in wanted)
+    _hook.start()
+    return wanted
+
+
+def uninstall() -> None:
+    """Undo ``install()``: modules, metadata, and everything that was changed in transformers."""
+    global _finder, _hook
+    if _finder is None:
+        return
+    _finder.stop()
+    _hook.stop()
+    _finder = _hook = None

@@ -105,9 +105,12 @@ def _triton_refusals(call: Any) -> list[str]:
     return reasons
 
 
+_BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("trifuse::ssd_fwd", "CPU")
+
+
 def _cpp_refusals(call: Any) -> list[str]:
     reasons = common.cpp_refusals(call)
-    if not reasons and not torch._C._dispatch_has_kernel_for_dispatch_key("trifuse::ssd_fwd", "CPU"):
+    if not reasons and not _BUILT:
         reasons.append("the compiled library was built before it had kernels of ssd; build it again")
     return reasons
 

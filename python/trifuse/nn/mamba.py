@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from trifuse.nn.convolution import convolve, convolve_token
 from trifuse.ops import _checks as check
 from trifuse.ops import selective_scan, selective_state_update
 
-__all__ = ["Mamba", "init_step_sizes", "scan"]
+__all__ = ["Mamba", "StepSizes", "add_direction", "scan", "set_sizes"]
 
 
 class Mamba(nn.Module):
@@ -63,39 +63,16 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if dt_init not in ("random", "constant"):
-            raise ValueError(f'Mamba: dt_init is {dt_init!r}; it must be "random" or "constant"')
         factory = {"device": device, "dtype": dtype}
-        self.d_model = d_model
-        self.d_state = d_state
-        self.d_conv = d_conv
-        self.expand = expand
-        self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        for name in ("d_model", "d_state", "d_conv", "d_inner", "dt_rank"):
-            size = getattr(self, name)
-            if not isinstance(size, numbers.Integral) or size < 1:
-                also = ' or "auto"' if name == "dt_rank" else ""
-                raise ValueError(f"Mamba: {name} is {size!r}; it must be a positive int{also}")
+        set_sizes(self, d_model, d_state, d_conv, expand, dt_rank)
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
-
-        # The order of the submodules, and of the draws in init_step_sizes, fixes what a seed gives.
+        # The order of the submodules and of the draws fixes what a seed gives.
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
-        self.conv1d = nn.Conv1d(
-            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory
-        )
         self.activation = "silu"
         self.act = nn.SiLU()
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
-        init_step_sizes(self.dt_proj, dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
-
-        rates = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
-        self.A_log = nn.Parameter(rates.log().repeat(self.d_inner, 1))
-        self.D = nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device))
-        for parameter in (self.A_log, self.D):
-            parameter._no_weight_decay = True
+        steps = StepSizes(dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+        add_direction(self, "", conv_bias, steps, **factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
     def forward(
@@ -270,17 +247,60 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.no_grad()
-def init_step_sizes(dt_proj: nn.Linear, init: str, scale: float, dt_min: float, dt_max: float, floor: float) -> None:
-    """Start with step sizes ``softplus(bias)`` between dt_min and dt_max, log-uniformly."""
-    weight, bias = dt_proj.weight, dt_proj.bias
-    size = scale * dt_proj.in_features**-0.5
-    if init == "constant":
-        weight.fill_(size)
-    else:
-        weight.uniform_(-size, size)
-    low, high = math.log(dt_min), math.log(dt_max)
-    dt = torch.exp(torch.rand(bias.shape, device=bias.device, dtype=bias.dtype) * (high - low) + low)
-    dt = dt.clamp(min=floor)
-    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
-    bias._no_reinit = True
+class StepSizes(NamedTuple):
+    """How ``dt_proj`` starts: its weight's kind and size, and the range of ``softplus(bias)``."""
+
+    init: str
+    scale: float
+    low: float
+    high: float
+    floor: float
+
+    @torch.no_grad()
+    def start(self, dt_proj: nn.Linear, name: str) -> None:
+        weight, bias = dt_proj.weight, dt_proj.bias
+        size = self.scale * dt_proj.in_features**-0.5
+        if self.init == "constant":
+            weight.fill_(size)
+        elif self.init == "random":
+            weight.uniform_(-size, size)
+        else:
+            raise ValueError(f'{name}: dt_init is {self.init!r}; it must be "random" or "constant"')
+        low, high = math.log(self.low), math.log(self.high)
+        dt = torch.exp(torch.rand(bias.shape, device=bias.device, dtype=bias.dtype) * (high - low) + low)
+        dt = dt.clamp(min=self.floor)
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+        bias._no_reinit = True
+
+
+def set_sizes(block: Any, d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | str) -> None:
+    """Check and keep the sizes of a block."""
+    block.d_model = d_model
+    block.d_state = d_state
+    block.d_conv = d_conv
+    block.expand = expand
+    block.d_inner = int(expand * d_model)
+    block.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+    for name in ("d_model", "d_state", "d_conv", "d_inner", "dt_rank"):
+        size = getattr(block, name)
+        if not isinstance(size, numbers.Integral) or size < 1:
+            also = ' or "auto"' if name == "dt_rank" else ""
+            raise ValueError(f"{type(block).__name__}: {name} is {size!r}; it must be a positive int{also}")
+
+
+def add_direction(block: Any, suffix: str, conv_bias: bool, steps: StepSizes, **factory: Any) -> None:
+    """What one direction of time needs in a block: ``conv1d``, ``x_proj``, ``dt_proj``, ``A_log`` and ``D``."""
+    inner, width = block.d_inner, block.d_conv
+    conv1d = nn.Conv1d(inner, inner, width, groups=inner, padding=width - 1, bias=conv_bias, **factory)
+    setattr(block, f"conv1d{suffix}", conv1d)
+    setattr(block, f"x_proj{suffix}", nn.Linear(inner, block.dt_rank + 2 * block.d_state, bias=False, **factory))
+    dt_proj = nn.Linear(block.dt_rank, inner, bias=True, **factory)
+    setattr(block, f"dt_proj{suffix}", dt_proj)
+    steps.start(dt_proj, type(block).__name__)
+    device = factory.get("device")
+    rates = torch.arange(1, block.d_state + 1, dtype=torch.float32, device=device)
+    A_log = nn.Parameter(rates.log().repeat(inner, 1))
+    D = nn.Parameter(torch.ones(inner, dtype=torch.float32, device=device))
+    A_log._no_weight_decay = D._no_weight_decay = True
+    setattr(block, f"A{suffix}_log", A_log)
+    setattr(block, f"D{suffix}", D)

@@ -2,9 +2,24 @@
 
 from trifuse.nn.bidirectional_mamba import BidirectionalMamba
 from trifuse.nn.block import InferenceParams
+from trifuse.nn.lru import LRU
 from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
 from trifuse.nn.mamba2_simple import Mamba2Simple
+from trifuse.nn.mingru import MinGRU
 from trifuse.nn.norm import RMSNormGated
+from trifuse.nn.qlstm import QLSTM
+from trifuse.nn.rglru import RGLRU
 
-__all__ = ["BidirectionalMamba", "InferenceParams", "Mamba", "Mamba2", "Mamba2Simple", "RMSNormGated"]
+__all__ = [
+    "LRU",
+    "QLSTM",
+    "RGLRU",
+    "BidirectionalMamba",
+    "InferenceParams",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Simple",
+    "MinGRU",
+    "RMSNormGated",
+]

@@ -14,7 +14,8 @@ from trifuse.registration import linear_scan as kernels
 
 __all__ = ["linear_scan"]
 
-DTYPES = (*check.SEQUENCE_DTYPES, torch.complex64, torch.complex128)
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+DTYPES = (*check.SEQUENCE_DTYPES, *REAL)
 
 
 class Call(NamedTuple):
@@ -133,7 +134,7 @@ def prepare(
     if initial_state is not None:
         check.shape(op, "initial_state", initial_state, (rows, dim), "(B, D)" if cu_seqlens is None else "(S, D)")
         acc = torch.promote_types(b.dtype, torch.float32)
-        allowed = {acc, b.dtype, acc.to_real(), torch.float32}
+        allowed = {acc, b.dtype, REAL.get(acc, acc)}
         if initial_state.dtype not in allowed:
             names = " or ".join(sorted(check.dtype_name(one) for one in allowed))
             was, beside = check.dtype_name(initial_state.dtype), check.dtype_name(b.dtype)
@@ -148,9 +149,10 @@ def _check_factor(op: str, a: Tensor, b: Tensor) -> None:
         raise ValueError(f"{op}: a has shape {was}; it must have the shape of b, {expected}, or 1 in its place")
     if a.is_complex() and not b.is_complex():
         raise TypeError(f"{op}: a is complex and b is real; make b complex or a real")
-    if a.dtype not in (b.dtype, b.dtype.to_real()):
-        real = f" or {check.dtype_name(b.dtype.to_real())}" if b.is_complex() else ""
-        raise TypeError(f"{op}: a is {check.dtype_name(a.dtype)}; it must be {check.dtype_name(b.dtype)}{real} like b")
+    real = REAL.get(b.dtype, b.dtype)
+    if a.dtype not in (b.dtype, real):
+        names = " or ".join(dict.fromkeys((check.dtype_name(b.dtype), check.dtype_name(real))))
+        raise TypeError(f"{op}: a is {check.dtype_name(a.dtype)}; it must be {names} like b")
 
 
 SCAN = Op("linear_scan", prepare, {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")})

@@ -7,6 +7,7 @@ from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
 from trifuse.nn.mamba2_simple import Mamba2Simple
 from trifuse.nn.mingru import MinGRU
+from trifuse.nn.mamba_lm import MambaLM, MambaLMConfig
 from trifuse.nn.norm import RMSNormGated
 from trifuse.nn.qlstm import QLSTM
 from trifuse.nn.rglru import RGLRU
@@ -20,6 +21,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba2Simple",
+    "MambaLM",
+    "MambaLMConfig",
     "MinGRU",
     "RMSNormGated",
 ]

@@ -364,7 +364,6 @@ def test_bad_input_is_refused_before_any_state_moves():
     refused("Mamba: cu_seqlens packs sequences in a batch of one", layer, x, cu_seqlens=torch.tensor([0, 3]))
     refused("Mamba: cu_seqlens ends at 2; it must end at L = 3", layer, x[:1], cu_seqlens=torch.tensor([0, 2]))
     offsets = torch.tensor([0, 3])
-    refused("Mamba: cu_seqlens came with inference_params", layer, x[:1], cache, cu_seqlens=offsets)
     refused("Mamba: cu_seqlens is on meta; it must be on cpu", layer, x[:1], cu_seqlens=offsets.to("meta"))
     mask = torch.ones(2, 3)
     refused("Mamba: attention_mask has shape (2, 2); it must be (B, L) = (2, 3)", layer, x, attention_mask=mask[:, :2])
@@ -375,3 +374,17 @@ def test_bad_input_is_refused_before_any_state_moves():
     refused('Mamba: dt_init is \'zero\'; it must be "random" or "constant"', Mamba, 16, dt_init="zero")
     refused("Mamba: dt_rank is 'big'; it must be a positive int or \"auto\"", Mamba, 16, dt_rank="big")
     refused("Mamba: d_state is 0; it must be a positive int", Mamba, 16, d_state=0)
+
+
+def test_packed_texts_keep_a_row_of_states_each():
+    layer = make()
+    x = torch.randn(1, 14, 16, dtype=torch.float64)
+    cache = InferenceParams()
+    first = layer(x[:, :9], cache, cu_seqlens=torch.tensor([0, 2, 2, 9]))
+    cache.seqlen_offset = 9
+    second = layer(x[:, 9:], cache, cu_seqlens=torch.tensor([0, 1, 4, 5]))
+    texts = [(slice(0, 2), slice(9, 10)), (slice(2, 2), slice(10, 13)), (slice(2, 9), slice(13, 14))]
+    for begun, gone_on in texts:
+        alone = layer(torch.cat((x[:, begun], x[:, gone_on]), dim=1))
+        found = torch.cat((first[:, begun], second[:, slice(gone_on.start - 9, gone_on.stop - 9)]), dim=1)
+        torch.testing.assert_close(found, alone)

@@ -78,6 +78,7 @@ def hip_figures(compiled):
 
 def measure(target):
     import triton
+
     from trifuse.triton_kernels import common
 
     triton.runtime.driver.set_active(Driver(gpu(target)))

@@ -29,17 +29,15 @@ def scan_arguments(
 
 
 def forward(dtype, save=False, **options):
-    from trifuse.triton_kernels.selective_scan import selective_scan_fwd
-
     from trifuse.registration.selective_scan import CHUNK_SIZE
+    from trifuse.triton_kernels.selective_scan import selective_scan_fwd
 
     selective_scan_fwd(*scan_arguments(dtype, **options), CHUNK_SIZE["triton"] if save else 0)
 
 
 def backward(dtype, packed=False, **options):
-    from trifuse.triton_kernels.selective_scan import selective_scan_bwd
-
     from trifuse.registration.selective_scan import CHUNK_SIZE
+    from trifuse.triton_kernels.selective_scan import selective_scan_bwd
 
     *tensors, softplus, reverse, bld, deterministic = scan_arguments(dtype, packed=packed, **options)
     u, A, initial_state = tensors[0], tensors[2], tensors[8]

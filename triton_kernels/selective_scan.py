@@ -15,6 +15,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.common import LN2, LOG2E, add, channels, load_tile, reverse_rows, sigmoid, store_tile, wide
 from trifuse.triton_kernels.selective_scan_tile import (

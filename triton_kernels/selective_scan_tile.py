@@ -5,6 +5,7 @@ A tile is (channels, steps), its steps in processing order; place t of the seque
 
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels.common import add, compose, compose_restarting, load_tile, softplus, wide
 
 __all__ = [

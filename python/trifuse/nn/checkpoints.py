@@ -62,7 +62,7 @@ def _from_transformers(config: dict[str, Any]) -> dict[str, Any]:
             "headdim": config.get("head_dim", 64),
             "ngroups": config.get("n_groups", 8),
             "chunk_size": config.get("chunk_size", 256),
-            "dt_limit": (float(low), float(high)),
+            "dt_limit": (_number(low), _number(high)),
         }
     return {
         "d_model": size,
@@ -74,6 +74,11 @@ def _from_transformers(config: dict[str, Any]) -> dict[str, Any]:
         "tie_embeddings": config.get("tie_word_embeddings", kind == "mamba"),
         "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
     }
+
+
+def _number(value: Any) -> float:
+    """A number of a config: JSON has no infinity, and transformers writes ``{"__float__": "Infinity"}``."""
+    return float(value["__float__"] if isinstance(value, dict) else value)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

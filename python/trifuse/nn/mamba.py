@@ -93,7 +93,7 @@ class Mamba(nn.Module):
             attention_mask: ``(B, L)`` bool or numbers; where it is 0 stands padding, on the left, on the right or in
                 between. Outputs, gradients and states are those of the texts without it; at padding the output is 0.
             cu_seqlens: ``(S + 1,)`` offsets of S texts packed in a batch of one; convolution and scan
-                stop at every boundary.
+                stop at every boundary. With inference_params every text has its own row of states.
 
         Returns:
             ``(B, L, d_model)``.
@@ -105,10 +105,9 @@ class Mamba(nn.Module):
         block.check_packing("Mamba", hidden_states, attention_mask, cu_seqlens)
         states = (None, None)
         if inference_params is not None:
-            if cu_seqlens is not None:
-                raise ValueError("Mamba: cu_seqlens came with inference_params; a packed batch has no cached states")
+            rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             start = inference_params.seqlen_offset == 0
-            states = self._get_states_from_cache(inference_params, hidden_states.shape[0], start)
+            states = self._get_states_from_cache(inference_params, rows, start)
             check.same_device("Mamba", hidden_states, conv_state=states[0], ssm_state=states[1])
         if attention_mask is not None:
             return block.without_padding(

@@ -6,8 +6,8 @@ from trifuse.nn.lru import LRU
 from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
 from trifuse.nn.mamba2_simple import Mamba2Simple
-from trifuse.nn.mingru import MinGRU
 from trifuse.nn.mamba_lm import MambaLM, MambaLMConfig
+from trifuse.nn.mingru import MinGRU
 from trifuse.nn.norm import RMSNormGated
 from trifuse.nn.qlstm import QLSTM
 from trifuse.nn.rglru import RGLRU

@@ -31,7 +31,7 @@ if ! "$venv/bin/python" -c "$new_enough" 2>/dev/null; then
 fi
 "$venv/bin/python" -c "import triton" 2>/dev/null || "${pip[@]}" install "triton==3.9.0" ||
   echo "triton could not be installed: its kernels will say so"
-"${pip[@]}" install "setuptools>=77" wheel "pybind11>=2.12" ninja numpy
+"${pip[@]}" install "setuptools>=77" wheel "pybind11>=2.12" ninja numpy safetensors
 command -v cmake >/dev/null || "${pip[@]}" install cmake
 
 for extra in "$@"; do

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trifuse.nn import RMSNormGated as RMSNorm
+
 __all__ = ["LayerNorm", "RMSNorm", "layernorm_fn", "rms_norm_ref", "rmsnorm_fn"]
 
 
@@ -87,8 +89,6 @@ def rms_norm_ref(
 class LayerNorm(nn.Module):
     """Layer norm with a gate: ``forward(x, z=None)``; arguments as of ``layernorm_fn``."""
 
-    is_rms_norm = False
-
     def __init__(
         self,
         hidden_size: int,
@@ -103,22 +103,12 @@ class LayerNorm(nn.Module):
         self.group_size = group_size
         self.norm_before_gate = norm_before_gate
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        bias = None if self.is_rms_norm else nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", bias)
+        self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        return layernorm_fn(
-            x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate, self.is_rms_norm
-        )
-
-
-class RMSNorm(LayerNorm):
-    """RMS norm with a gate: ``forward(x, z=None)``; arguments as of ``rmsnorm_fn``."""
-
-    is_rms_norm = True
+        return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)

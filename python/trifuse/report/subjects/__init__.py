@@ -6,13 +6,18 @@ from trifuse.report.subject import OpSubject, Subject
 from trifuse.report.subjects.causal_conv1d import CausalConv1d
 from trifuse.report.subjects.causal_conv1d_update import CausalConv1dUpdate
 from trifuse.report.subjects.linear_scan import LinearScan
+from trifuse.report.subjects.mamba_step import MambaStep
 from trifuse.report.subjects.selective_scan import SelectiveScan
 from trifuse.report.subjects.selective_state_update import SelectiveStateUpdate
 from trifuse.report.subjects.ssd import SSD
+from trifuse.report.subjects.transformers_models import TransformersModels
 
 __all__ = ["OPS", "SUBJECTS"]
 
-_ROOMS = (SelectiveScan(), SSD(), CausalConv1d(), LinearScan(), SelectiveStateUpdate(), CausalConv1dUpdate())
+_ROOMS = (
+    TransformersModels(), SelectiveScan(), SSD(), CausalConv1d(), LinearScan(), MambaStep(), SelectiveStateUpdate(),
+    CausalConv1dUpdate(),
+)  # fmt: skip
 SUBJECTS: dict[str, Subject] = {one.op: one for one in _ROOMS}
 
 OPS: dict[str, OpSubject] = {name: one for name, one in SUBJECTS.items() if isinstance(one, OpSubject)}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 __all__ = ["BenchmarkError", "Measured", "bench_folder", "run_benchmarks"]
 
-_GRACE = 120  # seconds beyond the time limit after which the benchmarks are ended
+_GRACE = 300  # seconds beyond the time limit after which the benchmarks are ended
 
 
 class BenchmarkError(RuntimeError):

@@ -82,15 +82,19 @@ def measure(target):
     from trifuse.triton_kernels import common
 
     triton.runtime.driver.set_active(Driver(gpu(target)))
-    results = {}
+    results, launched = {}, []
 
     def compile_only(kernel, grid, *args, **meta):
         compiled = kernel.warmup(*args, grid=grid, **common.OPTIONS, **meta)
-        results[name] = cuda_figures(compiled) if target.startswith("sm_") else hip_figures(compiled)
+        figures = cuda_figures(compiled) if target.startswith("sm_") else hip_figures(compiled)
+        launched.append((kernel.fn.__name__.strip("_"), figures))
 
     common.launch = compile_only
-    for name, call in configurations(target):  # noqa: B007 (compile_only reads the name)
+    for name, call in configurations(target):
+        launched.clear()
         call()
+        for place, (kernel, figures) in enumerate(launched, start=1):
+            results[name if len(launched) == 1 else f"{name}, {place} {kernel}"] = figures
     return results
 
 

@@ -124,7 +124,7 @@ def register_backends(op: Op) -> None:
 # Positions that are one matrix product, and between two saved states, per backend: what it takes when it may
 # choose, and the sizes that it serves.
 CHUNK_SIZE = {"cpp": 128, "triton": 64}
-CHUNK_SIZES = {"cpp": (16, 256), "triton": (16, 256)}
+CHUNK_SIZES = {"cpp": (16, 256), "triton": (16, 64)}
 
 
 def chunk_size(backend: str, asked: int) -> int:

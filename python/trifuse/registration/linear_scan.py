@@ -76,7 +76,7 @@ def _triton_refusals(call: Any) -> list[str]:
 def register_backends(op: Op) -> None:
     op.backend("cpp", common.cpp_refusals)
     op.backend("cuda", lambda call: [*_cuda_refusals(call), "linear_scan has no cuda kernel yet"])
-    op.backend("triton", lambda call: [*_triton_refusals(call), "linear_scan has no triton kernel yet"])
+    op.backend("triton", _triton_refusals)
 
 
 def scan(backend: str, call: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trifuse.nn import InferenceParams, Mamba2, Mamba2Simple, RMSNormGated
+from trifuse.nn import BidirectionalMamba, InferenceParams, Mamba, Mamba2, Mamba2Simple, RMSNormGated
 
 OPTIONS = [
     {},
@@ -393,6 +393,26 @@ def test_copies_pickles_and_files_compute_the_same(tmp_path):
     other = make(seed=1)
     other.load_state_dict(torch.load(buffer))
     assert torch.equal(other(u), expected)
+
+
+@pytest.mark.parametrize("cls", [Mamba, Mamba2, BidirectionalMamba])
+def test_a_compiled_block_computes_the_same(cls):
+    torch.manual_seed(0)
+    layer = cls(16, d_state=4, **({"headdim": 4} if cls is Mamba2 else {}))
+    u = torch.randn(2, 9, 16, requires_grad=True)
+    expected = layer(u)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), u)
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(u)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), u)[0], wanted)
+    if cls is BidirectionalMamba:
+        return
+    states, own = layer.allocate_inference_cache(2), layer.allocate_inference_cache(2)
+    step = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for token in u.split(1, dim=1):
+            torch.testing.assert_close(step(token, *states)[0], layer.step(token, *own)[0])
+    torch.testing.assert_close(states, own)
 
 
 def test_the_simple_form_has_its_own_arguments_and_the_same_mathematics():

@@ -34,7 +34,7 @@ def convolve(
         reverse: the window reaches forwards in time. Neither `state` nor `seq_idx` goes with it.
     """
     left = None if state is None else state[..., 1:].to(x.dtype)
-    if not (width in _FUSED_WIDTHS and is_plain(module, nn.Conv1d)):
+    if not _is_fused(module, width):
         y = _called(module, width, x, left, seq_idx, cu_seqlens, reverse)
     elif reverse:
         y = _fused_reverse(x, module.weight.squeeze(1), module.bias, cu_seqlens)
@@ -50,9 +50,19 @@ def convolve(
 
 def convolve_token(module: nn.Module, width: int, x: Tensor, state: Tensor) -> Tensor:
     """``convolve`` of one token x ``(B, D)`` of each text, where no gradient is asked for."""
-    if width in _FUSED_WIDTHS and state.dtype == x.dtype and is_plain(module, nn.Conv1d):
+    if _is_fused(module, width):
         return causal_conv1d_update(x, state, module.weight.squeeze(1), module.bias, "silu")
     return convolve(module, width, x.unsqueeze(1), state).squeeze(1)
+
+
+def _is_fused(module: nn.Module, width: int) -> bool:
+    """Whether the fused kernel computes what the module does: some other convolution may have taken its place."""
+    return (
+        is_plain(module, nn.Conv1d)
+        and width in _FUSED_WIDTHS
+        and module.weight.shape[1:] == (1, width)
+        and (module.stride, module.dilation, module.padding, module.padding_mode) == ((1,), (1,), (width - 1,), "zeros")
+    )
 
 
 def _fused_reverse(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 
 import trifuse
 from trifuse import backends
-from trifuse.report.contenders import example_call
 
 SIZES = ((1, 5, 1, 1), (2, 24, 65, 16), (1, 40, 130, 8))  # batch, dim, seqlen, dstate
 
@@ -62,12 +61,50 @@ def check_update(backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got.float(), expected.float(), atol=5e-2, rtol=5e-2)
 
 
+SSD_SIZES = ((1, 5, 1, 1, 1), (2, 130, 3, 50, 17), (1, 65, 4, 64, 128))  # batch, length, heads, headdim, dstate
+
+
+def ssd_arguments(sizes: tuple[int, ...], dtype: torch.dtype, packed: bool) -> tuple[dict, dict]:
+    """The differentiable arguments of ssd, and its options: runs of `seq_idx` or packed sequences."""
+    batch, seqlen, heads, headdim, dstate = sizes
+    batch = 1 if packed else batch
+
+    def normal(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(of).requires_grad_()
+
+    tensors = {
+        "x": normal(batch, seqlen, heads, headdim, of=dtype), "dt": normal(batch, seqlen, heads),
+        "A": (-torch.rand(heads, device="cuda")).requires_grad_(),
+        "B": normal(batch, seqlen, 1, dstate, of=dtype), "C": normal(batch, seqlen, 1, dstate, of=dtype),
+        "D": normal(heads), "z": normal(batch, seqlen, heads, headdim, of=dtype), "dt_bias": normal(heads),
+        "initial_states": normal(3 if packed else batch, heads, headdim, dstate),
+    }  # fmt: skip
+    if packed:
+        return tensors, {"cu_seqlens": torch.tensor([0, 0, seqlen // 3, seqlen], device="cuda")}
+    return tensors, {"seq_idx": torch.arange(seqlen, device="cuda").expand(batch, -1) // 40}
+
+
+def check_ssd(sizes: tuple[int, ...], dtype: torch.dtype, packed: bool) -> None:
+    tensors, options = ssd_arguments(sizes, dtype, packed)
+    answers = []
+    for one in ("triton", "reference"):
+        with trifuse.backend(one):
+            out, final = trifuse.ssd(**tensors, **options, dt_softplus=True, return_final_states=True)
+        grads = torch.autograd.grad(out.float().square().sum() + final.square().sum(), list(tensors.values()))
+        answers.append([out.detach(), final.detach(), *grads])
+    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
+    for got, expected in zip(*answers, strict=True):
+        error = (got.float() - expected.float()).abs().max().item()
+        bound = tolerance * max(1.0, expected.float().abs().max().item())
+        assert error <= bound, f"ssd {sizes} {dtype} packed={packed}: error {error} > {bound}"
+
+
 def main() -> None:
     torch.manual_seed(0)
     done = 0
     for backend in ("cuda", "triton"):
         op = backends.Op.registry["selective_scan"]
-        reasons = op.refusals[backend](example_call(op.name, "cuda"))
+        reasons = op.refusals[backend](op.prepare(*scan_arguments(SIZES[0], torch.float32, "bdl")[0]))
         if reasons:
             print(f"{backend}: not examined: {'; '.join(reasons)}")
             continue
@@ -77,6 +114,14 @@ def main() -> None:
             done += 1
         for dtype in (torch.float32, torch.bfloat16):
             check_update(backend, dtype)
+            done += 1
+    ssd = backends.Op.registry["ssd"]
+    reasons = ssd.refusals["triton"](ssd.prepare(**ssd_arguments(SSD_SIZES[0], torch.float32, False)[0]))
+    if reasons:
+        print(f"triton: ssd not examined: {'; '.join(reasons)}")
+    else:
+        for sizes, dtype, packed in itertools.product(SSD_SIZES, (torch.float32, torch.bfloat16), (False, True)):
+            check_ssd(sizes, dtype, packed)
             done += 1
     torch.cuda.synchronize()
     assert done, "no GPU kernel could be examined"

@@ -13,6 +13,7 @@ the recurrence itself exceeds, and "ieee" would leave the tensor cores. AMD's ma
 
 import torch
 import triton
+
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.ssd_bwd import coefficient_kernel, dt_kernel, dx_kernel, pairs_kernel
 from trifuse.triton_kernels.ssd_chunk import out_kernel, products_kernel, steps_kernel
@@ -30,8 +31,8 @@ def _tile(kernel, x, headdim, dstate):
     table = {
         # kernel: float32, half precision
         "products": ((64, 32, 4), (64, 64, 4)),
-        "states": ((32, 32, 4), (32, 64, 4)),
-        "dstates": ((32, 32, 4), (32, 64, 4)),
+        "states": ((32, 64, 8), (32, 64, 8)),
+        "dstates": ((32, 64, 8), (32, 64, 8)),
         "out": ((64, 32, 8), (64, 64, 8)),
         "dx": ((32, 32, 8), (64, 64, 8)),
         "pairs": ((32, 32, 8), (32, 32, 8)),

@@ -10,6 +10,7 @@ Sums over the heads of a group and over windows are taken in a fixed order, by o
 
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels.common import sigmoid, wide
 from trifuse.triton_kernels.ssd_chunk import step_tile
 from trifuse.triton_kernels.ssd_tile import (

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels.common import LOG2E, sigmoid, softplus, wide
 from trifuse.triton_kernels.ssd_tile import (
     add_restarting,
@@ -65,7 +66,7 @@ def steps_kernel(
     mask = head_mask[:, None] & t_mask[None, :]
     tl.store(at, step, mask=mask)
     tl.store(at + plane, high, mask=mask)
-    tl.store(at + 2 * plane, (total - high.to(tl.float64)).to(tl.float32), mask=mask)
+    tl.store(at + plane + plane, (total - high.to(tl.float64)).to(tl.float32), mask=mask)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ each window (or the gradient after it) is written, so the parts of a window can 
 
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels.common import wide
 from trifuse.triton_kernels.ssd_tile import (
     decays,

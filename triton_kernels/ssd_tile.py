@@ -10,6 +10,7 @@ start of the part in two float32, whose differences keep their relative precisio
 
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels.common import sigmoid, wide
 
 __all__ = [
@@ -78,7 +79,7 @@ def ends_at(ends, row, last):
 @triton.jit
 def row_offsets(strides, batch, t, at, i):
     """Of a tile of rows t and columns i (channels or states) of head or group `at`, in (B, L, H, P) strides."""
-    return (batch * strides[0] + at * strides[2]) + (t * strides[1])[:, None] + (i * strides[3])[None, :]
+    return (batch * strides[0] + at * strides[2]) + (t * strides[1])[:, None] + (wide(i) * strides[3])[None, :]
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def decays(steps, row, plane, t, hi, mask, FROM_START: tl.constexpr):
     and the decay of the whole part."""
     high, low = log2_sums(steps, row, plane, t, mask)
     total_high = tl.load(steps + plane + row + hi - 1)
-    total_low = tl.load(steps + 2 * plane + row + hi - 1)
+    total_low = tl.load(steps + plane + plane + row + hi - 1)
     exponent = high + low if FROM_START else (total_high - high) + (total_low - low)
     return tl.where(mask, tl.exp2(exponent), 0.0), tl.exp2(total_high + total_low)
 

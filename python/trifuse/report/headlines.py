@@ -11,8 +11,9 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f} x" if ratio >= 100 else f"{ratio:.3g} x"
 
 
-def line(label: str, value: str, detail: str) -> dict:
-    return {"label": label, "value": value, "detail": detail}
+def line(label: str, value: str, detail: str, asked: str = "") -> dict:
+    """A line; `asked` is what the project set out to reach, in words."""
+    return {"label": label, "value": value, "detail": f"{detail}; asked for: {asked}" if asked else detail}
 
 
 def median(row: dict) -> float:
@@ -26,13 +27,20 @@ def pick(rows: list[dict], kind: str = "kernel", dtype: str = "float32", layout:
 
 
 def against(
-    rows: list[dict], row: dict, label: str, rivals: tuple[str, ...] | None = None, where: str = ""
+    rows: list[dict],
+    row: dict,
+    label: str,
+    rivals: tuple[str, ...] | None = None,
+    where: str = "",
+    asked: dict[str, float] | None = None,
 ) -> list[dict]:
-    """A line for every rival of a row (or the named ones), the closest first."""
+    """A line for every rival of a row (or the named ones), the closest first; `asked` of some of them."""
     names = {one["contender"]: one["title"] for one in rows}
     out, suffix = [], f", {where}" if where else ""
     for rival, ratio in sorted(row.get("speedups", {}).items(), key=lambda item: item[1]):
         if rivals is None or rival in rivals:
             detail = f"{names[rival]} / {row['title']}, medians, {row['dtype']}{suffix}"
-            out.append(line(f"{label} against {rival}", times(ratio), detail))
+            least = (asked or {}).get(rival)
+            goal = f"at least {least:g} x" if least else ""
+            out.append(line(f"{label} against {rival}", times(ratio), detail, goal))
     return out

@@ -22,7 +22,7 @@ def all_plots(groups: list[dict]) -> list[dict]:
     for title, caption, draw in (
         ("Time against length", "float32, D 1536, N 16. Solid: forward; dashed: forward + backward.", _lengths),
         ("Speed-up", "The fastest trifuse kernel over each rival of the same workload, float32.", _speedups),
-        ("Fraction of the floor", "Time of the exponentials alone over that of the forward scan.", _floors),
+        ("Fraction of the floor", "Time of the floor named with the table over that of the kernel, forward.", _floors),
         ("Peak extra memory", "Beyond the inputs, over the bytes of inputs, output and (backward) gradients.", _memory),
     ):  # fmt: skip
         image = _draw(lambda axes, draw=draw: draw(axes, groups))
@@ -66,9 +66,9 @@ def _draw(draw: Callable) -> str | None:
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _timed(groups: list[dict], op: str = "selective_scan"):
+def _timed(groups: list[dict], op: str | None = "selective_scan"):
     for group in groups:
-        if group["op"] == op:
+        if op is None or group["op"] == op:
             for row in group["rows"]:
                 if "seconds" in row:
                     yield group, row
@@ -132,8 +132,8 @@ def _speedups(axes, groups: list[dict]) -> bool:
 
 def _floors(axes, groups: list[dict]) -> bool:
     labels, values, colours = [], [], []
-    for group, row in _timed(groups):
-        if group["direction"] == "fwd" and row["kind"] == "kernel" and "floor_ratio" in row:
+    for group, row in _timed(groups, None):
+        if group["direction"] in ("fwd", "forward") and row["kind"] == "kernel" and "floor_ratio" in row:
             labels.append(f"{group['workload']} {row['contender']} {row['dtype']} {row['layout']}")
             values.append(1 / row["floor_ratio"])
             colours.append(_COLOURS.get(row["contender"], "#777777"))
@@ -144,11 +144,11 @@ def _floors(axes, groups: list[dict]) -> bool:
 
 def _memory(axes, groups: list[dict]) -> bool:
     labels, values, colours = [], [], []
-    for group, row in _timed(groups):
+    for group, row in _timed(groups, None):
         # Small calls are below what a resident set can resolve.
         if row["kind"] == "floor" or "memory_ratio" not in row or row["dtype"] != "float32" or row["bytes"] < 8e6:
             continue
-        if row["contender"] == "cpp-avx2" or (row["kind"] == "kernel" and row["layout"] != "bld"):
+        if row["contender"] == "cpp-avx2" or (row["kind"] == "kernel" and row["layout"] == "bdl"):
             continue
         labels.append(f"{group['name']} {row['contender']}")
         values.append(max(row["memory_ratio"], 1e-3))

@@ -16,8 +16,8 @@ def groups(workloads: tuple[Workload, ...], measured: Measured) -> list[dict]:
 
     A row whose kernel failed its check carries ``failed`` (the figures) and no time.
     """
-    out = []
-    for workload in workloads:
+    out, order = [], list(SUBJECTS)
+    for workload in sorted(workloads, key=lambda one: order.index(one.op)):
         subject = SUBJECTS[workload.op]
         for direction in workload.directions:
             name = f"{workload.name} {direction}"
@@ -87,4 +87,4 @@ def reasons(measured: Measured) -> list[dict]:
 def headlines(tables: list[dict], device: str) -> list[dict]:
     """The figures to read first, subject by subject."""
     rows = {table["name"]: [row for row in table["rows"] if "seconds" in row] for table in tables}
-    return [line for subject in SUBJECTS.values() for line in subject.headlines(rows, device)]
+    return [line | {"op": name} for name, one in SUBJECTS.items() for line in one.headlines(rows, device)]

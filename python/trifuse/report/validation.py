@@ -69,7 +69,7 @@ class Verdict:
         """The check nearest to its bound, or furthest beyond it."""
 
         def excess(check: Check) -> float:
-            return math.inf if math.isnan(check.error) else check.error / check.bound
+            return math.inf if math.isnan(check.error) else check.error / (check.bound or 1e-300)
 
         return max(self.checks, key=excess, default=None)
 

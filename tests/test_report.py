@@ -18,6 +18,7 @@ from trifuse import report as reports
 from trifuse.report import arena, memory, page, summary, timing, validation, workloads
 from trifuse.report.inputs import Draw
 from trifuse.report.subjects import OPS, SUBJECTS
+from trifuse.report.subjects import transformers_models as models
 
 PLANTED = """
 from dataclasses import replace
@@ -197,6 +198,12 @@ def test_a_bad_element_fails_the_check(bad):
     assert not validation.compare("case", "out", wrong, exact, eager).ok
 
 
+def test_a_check_that_allows_nothing_passes_only_what_is_exact():
+    exact, odd = (validation.Check("case", "tokens", error, 0.0, 0.0) for error in (0.0, 1.0))
+    assert validation.Verdict((exact,)).ok and "0.00e+00 <= 0.00e+00" in str(validation.Verdict((exact,)))
+    assert not validation.Verdict((exact, odd)).ok and "1.00e+00 > 0.00e+00" in str(validation.Verdict((exact, odd)))
+
+
 def test_a_wrong_shape_fails_the_check():
     exact = torch.zeros(3, dtype=torch.float64)
     assert not validation.compare("case", "out", torch.zeros(4), exact, exact.float()).ok
@@ -360,3 +367,57 @@ def test_a_rival_computes_the_same_function(op, name):
                 assert verdict.ok and verdict.checks, f"{entry.id}: {verdict}"
                 checked.add(key)
     assert checked
+
+
+def test_a_model_with_trifuse_passes_only_if_logits_gradients_and_tokens_agree():
+    alone = {"logits": torch.randn(4, 8), "loss": torch.tensor(2.0), "layer.weight": 1e-3 * torch.randn(5)}
+    alone["tokens"] = torch.arange(6)
+
+    def passes(**changed):
+        return all(check.ok for check in models._compared(alone | changed, alone))
+
+    assert passes()
+    assert passes(logits=alone["logits"] + 5e-5) and not passes(logits=alone["logits"] + 2e-4)
+    assert not passes(loss=alone["loss"] + 2e-4)
+    gradient = alone["layer.weight"]
+    step = gradient.abs().max() * torch.eye(5)[0]
+    assert passes(**{"layer.weight": gradient + 5e-4 * step})
+    assert not passes(**{"layer.weight": gradient + 2e-3 * step})
+    assert not passes(**{"layer.weight": gradient * math.nan})
+    assert not passes(tokens=torch.tensor([0, 1, 2, 3, 4, 6]))
+    assert not passes(**{"only.here": gradient})
+
+
+def test_the_process_of_a_model_answers_names_its_errors_and_outlives_them(tmp_path):
+    if reason := models.missing("cpu"):
+        pytest.skip(reason)
+    entry = workloads.Entry(
+        workloads.Workload("hf-mamba-small", "", "transformers", workloads.sizes(B=1, L=7, D=768, layers=1, new=3)),
+        models.GENERATE, models.WITHOUT, "float32", "",
+    )  # fmt: skip
+    side = models.Side(False, "cpu")
+    try:
+        with pytest.raises(RuntimeError, match="no_such"):
+            side.ask(ask="run", **(models._what(entry) | {"do": "no_such"}))
+        path = tmp_path / "answer.pt"
+        side.ask(ask="answer", path=str(path), **models._what(entry))
+        assert torch.load(path)["tokens"].shape == (1, 7 + 3)
+        found = side.ask(ask="peak", **models._what(entry))
+        assert found["bytes"] is None or found["bytes"] >= 0
+    finally:
+        side.close()
+    assert side.process.returncode == 0
+
+
+def test_a_step_of_a_block_has_the_floor_of_its_own_products():
+    subject = SUBJECTS["mamba_step"]
+    for workload, names in zip(subject.quick(), (4, 2, 4), strict=True):
+        small = workload.sized(D=64, B=2)
+        bench = subject.bench("cpu")
+        bench.enter(small)
+        for entry, reason in subject.entries(small, "cpu"):
+            assert reason is None
+            verdict = bench.verdict(entry)
+            assert verdict.ok and len(verdict.checks) == 5, f"{entry.id}: {verdict}"
+        floor = subject.floor_entries(small, "fwd", "cpu")[0]
+        assert len(bench.timed(floor).facts["note"].split(" by ")[0].split(", ")) == names

@@ -20,7 +20,7 @@ from trifuse.report import memory
 __all__ = ["SHAPES", "VOCABULARY"]
 
 VOCABULARY = 1024  # small, so that the blocks are what is measured and not the head
-# The 130M models, initialized as they were published (std 0.02, where transformers' default would be 0.1); layers are told.
+# The 130M models; how many layers is told. Initialized as published, with 0.02, where transformers' default is 0.1.
 SHAPES = {
     "mamba": {"hidden_size": 768, "state_size": 16, "expand": 2, "conv_kernel": 4, "time_step_rank": 48},
     "mamba2": {"hidden_size": 768, "state_size": 128, "expand": 2, "conv_kernel": 4, "num_heads": 24, "head_dim": 64,

@@ -7,6 +7,7 @@ come to exist. A 32-bit offset would read another page, which is zero, or fall o
 import mmap
 
 import pytest
+import test_linear_scan_cuda_emulated
 import torch
 from emulated_cuda import load, make, run_emulated
 
@@ -82,3 +83,18 @@ def test_state_update_beyond_two_to_the_31(reserved):
     distant_out = torch.ops.trifuse_emulated.selective_state_update(distant, *args, *rest)
     assert torch.equal(out, distant_out)
     assert torch.equal(state, distant)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("layout", ["bdl", "bld"])
+def test_linear_scan_reads_beyond_two_to_the_31(reserved, layout, reverse, far):
+    tensors = test_linear_scan_cuda_emulated.make(dim=3, seqlen=3, layout=layout)
+    near = test_linear_scan_cuda_emulated.run_emulated(tensors, reverse=reverse, layout=layout)
+    for start, name in enumerate("ab"):
+        strides = [100, 10, 50000]
+        strides[far] = BIG + 64
+        tensors[name] = spread(reserved, tensors[name], strides, start)
+    distant = test_linear_scan_cuda_emulated.run_emulated(tensors, reverse=reverse, layout=layout)
+    for name, value in near.items():
+        assert torch.equal(value, distant[name]), name

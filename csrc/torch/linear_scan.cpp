@@ -1,6 +1,5 @@
 // linear_scan as torch ops: allocation, views, registration. The schemas and every check of the public
 // arguments are in Python, in registration/ and ops/.
-#if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED)
 #include "trifuse/linear_scan.h"
 
 #include "common.h"
@@ -105,4 +104,3 @@ TRIFUSE_IMPL(m) {
 
 }  // namespace
 }  // namespace trifuse
-#endif

@@ -25,7 +25,7 @@ struct WalkArgs : LinearScanShape {
   const void* initial;       // going backward: the states that the scan started from, or null
   void* to;                  // states after the last step, or null
   float *products, *ends;    // per piece, (pieces, rows, dim)
-  int64_t pieces, piece_length, blocks_per_row;
+  int64_t rows, pieces, piece_length, blocks_per_row;
   bool down, compose;
 };
 
@@ -53,9 +53,7 @@ struct Place {
     return p.down ? -view.time : view.time;
   }
   TRIFUSE_DEVICE int64_t state(const WalkArgs& p) const { return row * p.dim + channel; }
-  TRIFUSE_DEVICE int64_t piece(const WalkArgs& p, int64_t k) const {
-    return (k * p.state_rows() + row) * p.dim + channel;
-  }
+  TRIFUSE_DEVICE int64_t piece(const WalkArgs& p, int64_t k) const { return (k * p.rows + row) * p.dim + channel; }
 };
 
 template <typename S>
@@ -242,7 +240,7 @@ Cut cut_of(const LinearScanShape& p, bool neighbours) {
 
 template <typename S, bool A, bool B, bool kAdjoint>
 Error walk(WalkArgs p, void* workspace, Stream stream) {
-  const int64_t rows = p.state_rows();
+  const int64_t rows = p.rows = p.state_rows();
   if (rows == 0 || p.dim == 0) return kSuccess;
   const bool neighbours = p.out.dim == 1 && p.out.time != 1;
   const Cut cut = cut_of(p, neighbours);

@@ -56,11 +56,32 @@ def test_explain_takes_the_one_token_form(capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ssd", "--shape", "2,100000,80,64,1,128", "--dtype", "bfloat16"], ["B=2", "L=100000", "H=80", "bfloat16"]),
+        (["causal_conv1d", "--shape", "2,64,100,4", "--layout", "bld"], ["B=2", "D=64", "L=100", "bld"]),
+        (["causal_conv1d_update", "--shape", "3,64,4"], ["B=3", "D=64"]),
+        (["linear_scan", "--shape", "2,64,100", "--complex"], ["B=2", "D=64", "complex64"]),
+    ],
+)
+def test_explain_takes_every_op(arguments, said, capsys):
+    assert cli.main(["explain", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(arguments[0] + "(") and all(one in text for one in said), text
+    assert "runs on: " in text
+
+
+def test_explain_knows_every_op_there_is():
+    assert set(cli.OPS) == set(backends.Op.registry)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["explain", "selective_scan", "--shape", "1,2"], "it must be B,D,L,N"),
         (["explain", "selective_state_update", "--shape", "1,2,x"], "it must be B,D,N"),
         (["explain", "selective_state_update", "--complex"], "real A only"),
+        (["explain", "ssd", "--complex"], "real A only"),
         (["explain", "selective_scan", "--backend", "cuda", "--device", "nowhere"], "nowhere"),
         (["report", "--workloads", "no-such"], "there is no workload 'no-such'"),
         (["report", "--ops", "no_such"], "there is no op 'no_such'"),

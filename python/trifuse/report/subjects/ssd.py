@@ -33,9 +33,9 @@ class SSD(OpSubject):
          "dout": "BLHP"},
         weights=("A", "D", "dt_bias"), has_layouts=False,
     )  # fmt: skip
-    probed, probes = "H", 2
+    probed, probes = "H", 4
     small = sizes(B=2, L=131, H=4, P=32, N=32)
-    longest = (4096, 512)  # the recurrence keeps a state per step for its backward pass
+    longest = (4096, 256)  # the recurrence keeps a state per step for its backward pass
     explained = sizes(B=1, L=4096, H=24, P=64, G=1, N=128)
     measure = "matmul-floor"
     measure_text = "its matrix products alone"

@@ -56,7 +56,8 @@ void forward(const CausalConv1dParams& p, const Threads& threads) {
 
 template <class T>
 int64_t backward_pieces(const CausalConv1dBwdParams& p) {
-  return divide_up(p.seqlen, along_time<T>(p, {&p.x, &p.dy, &p.dx}) ? kTimePiece : kChannelPiece);
+  if (along_time<T>(p, {&p.x, &p.dy, &p.dx})) return TimePieces(p.seqlen).count;
+  return divide_up(p.seqlen, kChannelPiece);
 }
 
 // The sums of the tasks, in double and always in the same order.

@@ -112,7 +112,7 @@ void forward_rows(const CausalConv1dParams& p, const Plan<T>& plan, int64_t b, i
     const int64_t c = lane_at<T>(begin, end, j).channel;
     Vec<T> in[kRows + kWidth - 1], tap[kWidth];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows + kWidth - 1; ++i) in[i] = load_as<T, S>(x + i * x_time + c);
+    for (int i = 0; i < kRows + kWidth - 1; ++i) in[i] = load_sequence<T, S>(x + i * x_time + c);
 #pragma GCC unroll 8
     for (int k = 0; k < kWidth; ++k) tap[k] = load<T>(plan.taps + k * dim + c);
     const Vec<T> bias = load<T>(plan.bias + c);
@@ -122,7 +122,7 @@ void forward_rows(const CausalConv1dParams& p, const Plan<T>& plan, int64_t b, i
 #pragma GCC unroll 8
       for (int k = 0; k < kWidth; ++k) z += tap[k] * in[r + kWidth - 1 - k];
       if constexpr (kSilu) z = silu<T>(z);
-      store_as<T, S>(y + r * y_time + c, z);
+      store_sequence<S, T>(y + r * y_time + c, z);
     }
   }
 }

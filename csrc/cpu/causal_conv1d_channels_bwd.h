@@ -100,13 +100,13 @@ struct ChannelStrip {
       const int64_t slot = j * lanes, c = lane_at<T>(s.begin, s.end, j).channel;
       Vec<T> in[kRows + before], tap[kWidth], g[kRows + before];
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows + before; ++i) in[i] = load_as<T, S>(x + i * x_time + c);
+      for (int i = 0; i < kRows + before; ++i) in[i] = load_sequence<T, S>(x + i * x_time + c);
 #pragma GCC unroll 8
       for (int k = 0; k < kWidth; ++k) tap[k] = load<T>(s.plan.taps + k * p.dim + c);
       const Vec<T> bias = load<T>(s.plan.bias + c);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        g[r] = load_as<T, S>(dy + r * dy_time + c);
+        g[r] = load_sequence<T, S>(dy + r * dy_time + c);
         if constexpr (kSilu) {
           Vec<T> z = bias;
 #pragma GCC unroll 8
@@ -133,7 +133,7 @@ struct ChannelStrip {
         Vec<T> v = tap[0] * g[r];
 #pragma GCC unroll 8
         for (int k = 1; k < kWidth; ++k) v += tap[k] * g[r + k];
-        store_as<T, S>(dx + r * dx_time + c, v);
+        store_sequence<S, T>(dx + r * dx_time + c, v);
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bfloat16.h"
 #include "isa.h"
 #include "trifuse/causal_conv1d.h"
 #include "trifuse/simd.h"
@@ -71,6 +72,7 @@ struct Plan {
       bias[d] = bias_in ? bias_in[d] : T(0);
     }
     for (int64_t row = 0; row < p.rows(); ++row) spans[row] = span(p, row);
+    if (p.batch == 0) return;
     const int64_t rows = p.seq_idx ? p.batch : 1;
     const auto run = [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) fill_row(p, b);
@@ -157,25 +159,41 @@ TRIFUSE_INLINE S* at(const SeqView& v, int64_t b, int64_t channel, int64_t t) {
 // `count` numbers a stride apart; the lanes behind them are zero.
 template <class T, class S>
 TRIFUSE_INLINE Vec<T> load_some(const S* p, int64_t stride, int64_t count) {
-  if (stride == 1 && count == kLanes<T>) return load_as<T, S>(p);
+  if (stride == 1 && count == kLanes<T>) return load_sequence<T, S>(p);
   Vec<T> v = splat(T(0));
   for (int64_t i = 0; i < count; ++i) v[i] = scalar_as<T, S>(p[i * stride]);
   return v;
 }
 template <class S, class T>
 TRIFUSE_INLINE void store_some(S* p, Vec<T> v, int64_t stride, int64_t count) {
-  if (stride == 1 && count == kLanes<T>) return store_as<T, S>(p, v);
+  if (stride == 1 && count == kLanes<T>) return store_sequence<S, T>(p, v);
   for (int64_t i = 0; i < count; ++i) p[i * stride] = scalar_from<S, T>(v[i]);
 }
 
+// sigmoid(z); where z is NaN it may be anything, as long as z is a factor of the result.
+template <class T>
+TRIFUSE_INLINE Vec<T> sigmoid_beside(Vec<T> z) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    // Both bounds by one instruction: the smaller of |z| and 85.9, with the sign of z.
+    const __m512 c = _mm512_range_ps((__m512)z, _mm512_set1_ps(85.9f), 2);
+    const __m512 t = _mm512_fmadd_ps(c, _mm512_set1_ps(float(-kLog2e)), _mm512_set1_ps(kSixteenths));
+    const __m512 s = _mm512_sub_ps(t, _mm512_set1_ps(kSixteenths));
+    const __m512 r = _mm512_fmadd_ps(s, _mm512_set1_ps(float(kLn2)), c);  // minus the rest of the exponent
+    return reciprocal<T>(splat(T(1)) + (Vec<T>)assemble_avx512(t, s, r, -1.0f, 0.5f, float(-1.0 / 6)));
+  }
+#endif
+  return sigmoid<T>(z);
+}
+// The bound: sigmoid does not fall below 5e-38, which a very negative z would make visible.
 template <class T>
 TRIFUSE_INLINE Vec<T> silu(Vec<T> z) {
-  return z * sigmoid<T>(z);
+  return at_least<T>(z, T(-1000)) * sigmoid_beside<T>(z);
 }
 template <class T>
 TRIFUSE_INLINE Vec<T> silu_slope(Vec<T> z) {
-  const Vec<T> s = sigmoid<T>(z), one = splat(T(1));
-  return s * (one + z * (one - s));
+  const Vec<T> s = sigmoid_beside<T>(z), one = splat(T(1));
+  return s * (one + at_least<T>(z, T(-1000)) * (one - s));
 }
 
 // Numbers below which waking threads costs more than it saves.

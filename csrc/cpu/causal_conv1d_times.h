@@ -37,9 +37,31 @@ TRIFUSE_INLINE bool all_bytes(const uint8_t* sets, uint8_t value, int64_t count)
   return wrong == 0;
 }
 
-// One channel of one batch item. kWidth 0: the width is known at run time only.
+// v moved up by `by` lanes, 1 to 7; the lanes below come from the end of `before`.
+template <class T, int kBy, size_t... I>
+TRIFUSE_INLINE Vec<T> moved_up(Vec<T> before, Vec<T> v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(before, v, (kLanes<T> - kBy + int(I))...);
+}
+template <class T, int kBy = 1>
+TRIFUSE_INLINE Vec<T> moved_up(Vec<T> before, Vec<T> v, int64_t by) {
+  if constexpr (kBy + 1 < kMaxWidth && kBy < kLanes<T>) {
+    if (by > kBy) return moved_up<T, kBy + 1>(before, v, by);
+  }
+  return moved_up<T, kBy>(before, v, std::make_index_sequence<kLanes<T>>());
+}
+
+// Pieces of time; the last takes what is left, so that none is shorter than a vector.
+struct TimePieces {
+  int64_t seqlen, count;
+  explicit TimePieces(int64_t seqlen_) : seqlen(seqlen_), count(most(1, seqlen_ / kTimePiece)) {}
+  int64_t begin(int64_t i) const { return i * kTimePiece; }
+  int64_t end(int64_t i) const { return i + 1 == count ? seqlen : (i + 1) * kTimePiece; }
+};
+
+// One channel of one batch item, of at least a vector of positions. kWidth 0: the width is known at run time only.
 template <class T, class S, int kWidth>
 struct Channel {
+  static constexpr int64_t lanes = kLanes<T>;
   const CausalConv1dParams& p;
   const Plan<T>& plan;
   int64_t b, d;
@@ -54,21 +76,40 @@ struct Channel {
   }
   TRIFUSE_INLINE int width() const { return kWidth ? kWidth : int(p.width); }
 
-  // The inputs of tap 0, 1, .. at positions t .. t + count - 1; zero where a tap does not count.
-  TRIFUSE_INLINE void inputs(int64_t t, int64_t count, Vec<T>* in) const {
-    constexpr int64_t lanes = kLanes<T>;
-    if (count == lanes && all_bytes(own + t, plan.full, lanes)) {
-      for (int k = 0; k < width(); ++k) in[k] = load_as<T, S>(x + t - k);
-    } else if (count == lanes && t >= width() - 1 && all_bytes(left + t, 0, lanes)) {
-      for (int k = 0; k < width(); ++k) in[k] = choose<T>(has_tap<T>(own + t, k), load_as<T, S>(x + t - k));
+  // The inputs of tap 0, 1, .. at the positions from t on; zero where a tap does not count.
+  TRIFUSE_INLINE void inputs(int64_t t, Vec<T>* in) const {
+    if (all_bytes(own + t, plan.full, lanes)) {
+      for (int k = 0; k < width(); ++k) in[k] = load_sequence<T, S>(x + t - k);
+      return;
+    }
+    const bool plain = all_bytes(left + t, 0, lanes);
+    if (plain && t >= width() - 1) {
+      for (int k = 0; k < width(); ++k) in[k] = choose<T>(has_tap<T>(own + t, k), load_sequence<T, S>(x + t - k));
+    } else if ((plain || !p.cu_seqlens) && lanes >= width() - 1) {
+      head(t, in);
     } else {
-      gather(t, count, in);
+      gather(t, in);
     }
   }
 
-  __attribute__((noinline)) void gather(int64_t t, int64_t count, Vec<T>* in) const {
+  // The first positions of a batch item: what is left of them stands elsewhere, or nowhere.
+  TRIFUSE_INLINE void head(int64_t t, Vec<T>* in) const {
+    Vec<T> before = splat(T(0));
+    if (p.initial_states && !p.cu_seqlens) {
+      const S* states = state_at<S>(p, p.initial_states, b, d, 0);
+      for (int64_t j = 0; j < width() - 1; ++j) before[lanes - (width() - 1) + j] = scalar_as<T, S>(states[j]);
+    }
+    const Vec<T> first = load_sequence<T, S>(x);
+    for (int64_t k = 0; k < width(); ++k) {
+      in[k] = k > t ? moved_up<T>(before, first, k - t) : load_sequence<T, S>(x + t - k);
+      if (p.seq_idx || p.cu_seqlens) in[k] = choose<T>(has_tap<T>(own + t, k) | has_tap<T>(left + t, k), in[k]);
+    }
+  }
+
+  // Number by number, where packed sequences have initial states of their own.
+  __attribute__((noinline)) void gather(int64_t t, Vec<T>* in) const {
     for (int k = 0; k < width(); ++k) in[k] = splat(T(0));
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < lanes; ++i) {
       const int64_t row = left[t + i] ? row_of(p, b, t + i) : 0, start = plan.spans[row].start;
       for (int k = 0; k < width(); ++k) {
         if (own[t + i] >> k & 1) {
@@ -87,43 +128,40 @@ struct Channel {
   }
 
   // v, but zero at positions of padding.
-  TRIFUSE_INLINE Vec<T> without_padding(int64_t t, int64_t count, Vec<T> v) const {
-    if (count == kLanes<T>) return choose<T>(has_tap<T>(own + t, 0), v);
-    for (int64_t i = 0; i < kLanes<T>; ++i) v[i] = i < count && (own[t + i] & 1) ? v[i] : T(0);
-    return v;
+  TRIFUSE_INLINE Vec<T> without_padding(int64_t t, Vec<T> v) const {
+    return p.seq_idx ? choose<T>(has_tap<T>(own + t, 0), v) : v;
   }
 
-  TRIFUSE_INLINE void forward_at(int64_t t, int64_t count, S* y) const {
+  template <bool kSilu>
+  TRIFUSE_INLINE void forward_at(int64_t t, S* y) const {
     Vec<T> in[kWidth ? kWidth : kMaxWidth];
-    inputs(t, count, in);
+    inputs(t, in);
     Vec<T> z = weighted_sum(in);
-    if (p.silu) z = silu<T>(z);
-    if (p.seq_idx) z = without_padding(t, count, z);
-    store_some<S, T>(y + t, z, 1, count);
+    if constexpr (kSilu) z = silu<T>(z);
+    store_sequence<S, T>(y + t, without_padding(t, z));
   }
 
+  template <bool kSilu>
   void forward(int64_t from, int64_t to) const {
-    constexpr int64_t lanes = kLanes<T>;
     S* y = at<S>(p.y, b, d, 0);
     int64_t t = from;
-    for (; t + lanes <= to; t += lanes) forward_at(t, lanes, y);
-    if (t == to) return;
-    if (to - from >= lanes) {
-      forward_at(to - lanes, lanes, y);  // some again, to the same result
-    } else {
-      forward_at(t, to - t, y);
-    }
+    for (; t + lanes <= to; t += lanes) forward_at<kSilu>(t, y);
+    if (t < to) forward_at<kSilu>(to - lanes, y);  // some again, to the same result
   }
 };
 
 template <class T, class S, int kWidth>
 void forward_times_of(const CausalConv1dParams& p, const Plan<T>& plan, const Threads& threads) {
-  const int64_t pieces = divide_up(p.seqlen, kTimePiece);
-  share(p, threads, p.batch * p.dim * pieces, [&](int64_t first, int64_t last) {
+  const TimePieces pieces(p.seqlen);
+  share(p, threads, p.batch * p.dim * pieces.count, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t piece = i % pieces, d = i / pieces % p.dim, b = i / pieces / p.dim;
-      const Channel<T, S, kWidth> channel(p, plan, b, d);
-      channel.forward(piece * kTimePiece, least(p.seqlen, (piece + 1) * kTimePiece));
+      const int64_t piece = i % pieces.count, row = i / pieces.count;
+      const Channel<T, S, kWidth> channel(p, plan, row / p.dim, row % p.dim);
+      if (p.silu) {
+        channel.template forward<true>(pieces.begin(piece), pieces.end(piece));
+      } else {
+        channel.template forward<false>(pieces.begin(piece), pieces.end(piece));
+      }
     }
   });
 }

@@ -14,47 +14,44 @@ struct ChannelBackward {
   const Plan<T>& plan;
   const Channel<T, S, kWidth> channel;
   int64_t b, d, from, to;
-  alignas(64) T g[kTimePiece + kMaxWidth + 2 * lanes];  // of positions from `from` on, zero behind the last
+  alignas(64) T g[2 * kTimePiece + kMaxWidth + 2 * lanes];  // of positions from `from` on
 
   ChannelBackward(const CausalConv1dBwdParams& p_, const Plan<T>& plan_, int64_t b_, int64_t d_, int64_t from_,
                   int64_t to_)
       : p(p_), plan(plan_), channel(p_, plan_, b_, d_), b(b_), d(d_), from(from_), to(to_) {}
   TRIFUSE_INLINE int width() const { return channel.width(); }
 
-  TRIFUSE_INLINE Vec<T> gradient(int64_t t, int64_t count, const Vec<T>* in) const {
-    Vec<T> v = load_some<T, S>(at<S>(p.dy, b, d, t), 1, count);
+  // The gradients before the activation at the positions from t on, into g; `in`: what their taps read.
+  TRIFUSE_INLINE Vec<T> gradient(int64_t t, Vec<T>* in) {
+    channel.inputs(t, in);
+    Vec<T> v = load_sequence<T, S>(at<S>(p.dy, b, d, t));
     if (p.silu) v *= silu_slope<T>(channel.weighted_sum(in));
-    return p.seq_idx || count < lanes ? channel.without_padding(t, count, v) : v;
+    v = channel.without_padding(t, v);
+    store<T>(g + (t - from), v);
+    return v;
   }
 
   // Fills g, and leaves the gradients of the weights and the bias at partial[k * dim].
   void gradients(T* partial) {
-    Vec<T> sums[(kWidth ? kWidth : kMaxWidth) + 1];
+    Vec<T> sums[(kWidth ? kWidth : kMaxWidth) + 1], in[kWidth ? kWidth : kMaxWidth];
     for (int k = 0; k <= width(); ++k) sums[k] = splat(T(0));
-    for (int64_t t = from; t < to; t += lanes) {
-      const int64_t count = least(lanes, to - t);
-      Vec<T> in[kWidth ? kWidth : kMaxWidth];
-      channel.inputs(t, count, in);
-      const Vec<T> v = gradient(t, count, in);
-      store<T>(g + (t - from), v);
-      for (int k = 0; k < width(); ++k) sums[k] += v * in[k];
-      sums[width()] += v;
+    int64_t t = from;
+    for (; t + lanes <= to; t += lanes) add(gradient(t, in), in, sums);
+    if (t < to) {  // a last vector that starts earlier; what it has seen before counts once
+      Vec<T> v = gradient(to - lanes, in);
+      for (int64_t i = 0; i < lanes - (to - t); ++i) v[i] = 0;
+      for (int k = 0; k < width(); ++k) {
+        for (int64_t i = 0; i < lanes - (to - t); ++i) in[k][i] = 0;
+      }
+      add(v, in, sums);
     }
     for (int k = 0; k <= width(); ++k) partial[k * p.dim] = sum_lanes<T>(sums[k]);
-    // The positions after the piece that see its inputs.
-    Vec<T> v = splat(T(0));
-    const int64_t after = least(width() - 1, p.seqlen - to);
-    for (int64_t done = 0; done < width() - 1; done += lanes) {
-      const int64_t count = least(lanes, after - done);
-      if (count > 0) {
-        Vec<T> in[kWidth ? kWidth : kMaxWidth];
-        channel.gather(to + done, count, in);
-        v = gradient(to + done, count, in);
-      } else {
-        v = splat(T(0));
-      }
-      store<T>(g + (to - from) + done, v);
-    }
+    // The positions after the piece that see its inputs. Behind the last position no tap counts, whatever g holds.
+    for (t = to; t < least(p.seqlen, to + width() - 1); t += lanes) gradient(least(t, p.seqlen - lanes), in);
+  }
+  TRIFUSE_INLINE void add(Vec<T> v, const Vec<T>* in, Vec<T>* sums) const {
+    for (int k = 0; k < width(); ++k) sums[k] += v * in[k];
+    sums[width()] += v;
   }
 
   TRIFUSE_INLINE Vec<T> input_at(int64_t t) const {
@@ -110,12 +107,12 @@ struct ChannelBackward {
 
 template <class T, class S, int kWidth>
 void backward_times_of(const CausalConv1dBwdParams& p, const Plan<T>& plan, const Threads& threads) {
-  const int64_t pieces = divide_up(p.seqlen, kTimePiece);
-  share(p, threads, p.batch * p.dim * pieces, [&](int64_t first, int64_t last) {
+  const TimePieces pieces(p.seqlen);
+  share(p, threads, p.batch * p.dim * pieces.count, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t piece = i % pieces, d = i / pieces % p.dim, b = i / pieces / p.dim;
-      ChannelBackward<T, S, kWidth> task(p, plan, b, d, piece * kTimePiece, least(p.seqlen, (piece + 1) * kTimePiece));
-      task.gradients(plan.partial(p, b, pieces, piece) + d);
+      const int64_t piece = i % pieces.count, d = i / pieces.count % p.dim, b = i / pieces.count / p.dim;
+      ChannelBackward<T, S, kWidth> task(p, plan, b, d, pieces.begin(piece), pieces.end(piece));
+      task.gradients(plan.partial(p, b, pieces.count, piece) + d);
       task.inputs();
     }
   });

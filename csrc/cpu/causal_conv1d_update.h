@@ -48,7 +48,7 @@ template <class T, int kParts, class S>
 TRIFUSE_INLINE void load_groups(const S* p, Vec<T>* out) {
   Vec<T> in[kParts];
 #pragma GCC unroll 8
-  for (int i = 0; i < kParts; ++i) in[i] = load_as<T, S>(p + i * kLanes<T>);
+  for (int i = 0; i < kParts; ++i) in[i] = load_sequence<T, S>(p + i * kLanes<T>);
   take_apart<T, kParts>(in, out, std::make_index_sequence<kParts>());
 }
 template <class T, int kParts, class S>
@@ -56,7 +56,7 @@ TRIFUSE_INLINE void store_groups(S* p, const Vec<T>* in) {
   Vec<T> out[kParts];
   put_together<T, kParts>(in, out, std::make_index_sequence<kParts>());
 #pragma GCC unroll 8
-  for (int i = 0; i < kParts; ++i) store_as<T, S>(p + i * kLanes<T>, out[i]);
+  for (int i = 0; i < kParts; ++i) store_sequence<S, T>(p + i * kLanes<T>, out[i]);
 }
 
 template <class T, class S, class StateS>
@@ -84,12 +84,12 @@ struct Update {
     load_groups<T, 4, T>(weight + first * 4, tap);
     StateS* from = state(row, first);
     load_groups<T, kState, StateS>(from, kept);
-    kept[kState] = load_as<T, S>(at<S>(p.x, b, first, 0));
+    kept[kState] = load_sequence<T, S>(at<S>(p.x, b, first, 0));
     store_groups<T, kState, StateS>(from, kept + 1);
     Vec<T> z = bias_of(first, lanes);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) z += tap[k] * kept[kState - 3 + k];
-    store_as<T, S>(y(b, first, 0), finish(z));
+    store_sequence<S, T>(y(b, first, 0), finish(z));
   }
   bool serves_token(int64_t size) const {
     return p.width == 4 && p.seqlen == 1 && p.state_len == size && p.state_time == 1 && p.state_dim == size &&

@@ -60,11 +60,12 @@ def _backward(bwd_name: str, ctx: Any, dy: Tensor | None, dfinal_states: Tensor 
         dfinal_states = None
     if dy is None and dfinal_states is None:
         return nothing
-    x, _, bias, initial_states, _, _ = ctx.saved_tensors
+    tensors = ctx.saved_tensors  # once: a checkpoint computes them anew
+    x, _, bias, initial_states, _, _ = tensors
     if dy is None:
         dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
     bwd = getattr(torch.ops.trifuse, bwd_name)
-    dx, dweight, dbias, dinitial_states = bwd(dy, dfinal_states, *ctx.saved_tensors, silu, bld, deterministic)
+    dx, dweight, dbias, dinitial_states = bwd(dy, dfinal_states, *tensors, silu, bld, deterministic)
     return (
         dx, dweight, None if bias is None else dbias, None if initial_states is None else dinitial_states, *nothing[4:],
     )  # fmt: skip

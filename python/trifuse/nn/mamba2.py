@@ -180,7 +180,8 @@ class Mamba2(nn.Module):
             seqlen: L, where u comes flat.
             seq_idx: ``(B, L)`` int32 or int64; convolution and state restart where it changes.
             cu_seqlens: ``(S + 1,)`` offsets of S texts packed in a batch of one; convolution and state
-                restart at every boundary. With ``inference_params`` each text has its own states.
+                restart at every boundary. With ``inference_params`` each text has its own states. Where they end
+                before L, negative ``seq_idx`` must name the rest as padding; its output is 0.
             inference_params: reads a text in pieces of any size, see ``InferenceParams``. With
                 ``seqlen_offset`` 0 a text starts; above 0 it goes on from the states this layer left
                 there. The states hold values only: no gradient flows from one piece into another.
@@ -203,6 +204,11 @@ class Mamba2(nn.Module):
                 )
             flat, u = u, u.unflatten(0, (-1, seqlen))
         block.check_input(name, u, self.d_model, self.A_log.device)
+        end = _end_of_texts(u, seq_idx, cu_seqlens)
+        if end < u.shape[1]:
+            out = self.forward(u[:, :end], None, seq_idx[:, :end], cu_seqlens, inference_params)
+            out = F.pad(out, (0, 0, 0, u.shape[1] - end))
+            return out if seqlen is None else out.view(flat.shape)
         block.check_packing(name, u, attention_mask, cu_seqlens)
         if seq_idx is not None:
             check.tensors(name, seq_idx=seq_idx)
@@ -346,3 +352,14 @@ class Mamba2(nn.Module):
         if z0.shape[-1] > 0:
             y = torch.cat((F.silu(z0) * x0, y), dim=-1)
         return self.out_proj(y)
+
+
+def _end_of_texts(u: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> int:
+    """Where the padding begins that seq_idx names behind the last packed text; L where there is none."""
+    length = u.shape[1]
+    if not (isinstance(seq_idx, Tensor) and isinstance(cu_seqlens, Tensor)) or torch.compiler.is_compiling():
+        return length
+    if seq_idx.shape != u.shape[:2] or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        return length  # the checks will say so
+    end = int(cu_seqlens[-1])
+    return end if 0 <= end < length and bool((seq_idx[:, end:] < 0).all()) else length

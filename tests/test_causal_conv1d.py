@@ -530,3 +530,16 @@ def test_update_of_a_state_of_the_other_precision_runs_on_the_reference(dtypes):
     if HAS_CPP:
         with trifuse.backend("cpp"), pytest.raises(trifuse.BackendUnavailable, match="float64 beside float64 only"):
             trifuse.causal_conv1d_update(x, state, weight)
+
+
+@pytest.mark.parametrize("width, size", [(2, 1), (4, 4), (8, 9)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_plain_token_takes_a_shorter_way_to_the_same_numbers(width, size, activation):
+    """One float32 token (B, D) goes to the kernel almost as it is; (B, D, 1) is checked at length."""
+    torch.manual_seed(0)
+    x, weight, state = torch.randn(3, 80)[:, ::2], torch.randn(40, width), torch.randn(3, 40, size)
+    for bias in (None, torch.randn(40)):
+        short, long = state.clone(), state.clone()
+        y = trifuse.causal_conv1d_update(x, short, weight, bias, activation)
+        expected = trifuse.causal_conv1d_update(x.unsqueeze(2), long, weight, bias, activation)
+        assert torch.equal(y, expected.squeeze(2)) and torch.equal(short, long)

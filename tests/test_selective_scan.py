@@ -440,3 +440,23 @@ def test_update_of_a_state_of_the_other_precision_runs_on_the_reference(dtypes):
     if HAS_CPP:
         with trifuse.backend("cpp"), pytest.raises(trifuse.BackendUnavailable, match="float64 beside float64 only"):
             trifuse.selective_state_update(state, x, x, A, B, B)
+
+
+@pytest.mark.parametrize("sizes", [(1, 5, 3), (3, 17, 16), (2, 40, 1), (0, 4, 4)], ids=str)
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_plain_token_takes_a_shorter_way_to_the_same_numbers(sizes, bare):
+    """float32 without heads goes to the compiled kernel as it is; with heads spelled out it is checked at length."""
+    batch, dim, dstate = sizes
+    torch.manual_seed(0)
+    x, dt, z = (torch.randn(batch, 2 * dim)[:, ::2] for _ in range(3))
+    B, C = torch.randn(2, batch, dstate)
+    A, D, bias, state = -torch.rand(dim, dstate), torch.randn(dim), torch.randn(dim), torch.randn(batch, dim, dstate)
+    D, z, bias = (None, None, None) if bare else (D, z, bias)
+    short, long = state.clone(), state.clone().unsqueeze(1)
+    out = trifuse.selective_state_update(short, x, dt, A, B, C, D, z, bias, True)
+    token = [None if one is None else one.unsqueeze(1) for one in (x, dt, z, B, C)]
+    weights = [None if one is None else one.unsqueeze(0) for one in (A, D, bias)]
+    expected = trifuse.selective_state_update(
+        long, token[0], token[1], weights[0], token[3], token[4], weights[1], token[2], weights[2], True
+    )
+    assert torch.equal(out, expected.squeeze(1)) and torch.equal(short, long.squeeze(1))

@@ -174,12 +174,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                               OptionalTensor z, OptionalTensor dt_bias, bool dt_softplus,
                               OptionalTensor state_batch_indices) {
+  // x is (batch, heads, headdim); without heads (batch, headdim), and A, B, C, state and the weights have none either.
+  const bool heads = x.dim() == 3;
+  const auto outer = [heads](const Tensor& t, int64_t dim) { return heads ? t.stride(dim) : int64_t(0); };
   StateUpdateParams p;
   p.batch = x.size(0);
-  p.heads = x.size(1);
-  p.headdim = x.size(2);
-  p.dstate = A.size(2);
-  p.groups = B.size(1);
+  p.heads = heads ? x.size(1) : 1;
+  p.headdim = x.size(heads ? 2 : 1);
+  p.dstate = A.size(heads ? 2 : 1);
+  p.groups = heads ? B.size(1) : 1;
   p.dtype = dtype_of(x);
   p.state_dtype = dtype_of(state);
   p.dt_softplus = dt_softplus;
@@ -187,31 +190,35 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
                   "selective_state_update: state and x must both be float64, or neither");
   p.state = state.data_ptr();
   p.state_row = state.stride(0);
-  p.state_head = state.stride(1);
-  p.state_dim = state.stride(2);
-  p.state_state = state.stride(3);
-  const auto head_view = [](const OptionalTensor& t, const void*& ptr, int64_t& batch, int64_t& head, int64_t& dim) {
+  p.state_head = outer(state, 1);
+  p.state_dim = state.stride(heads ? 2 : 1);
+  p.state_state = state.stride(heads ? 3 : 2);
+  const auto head_view = [&](const OptionalTensor& t, const void*& ptr, int64_t& batch, int64_t& head, int64_t& dim) {
     if (!t) return;
     ptr = t->data_ptr();
     batch = t->stride(0);
-    head = t->stride(1);
-    dim = t->stride(2);
+    head = outer(*t, 1);
+    dim = t->stride(heads ? 2 : 1);
   };
   head_view(x, p.x, p.x_batch, p.x_head, p.x_dim);
   head_view(dt, p.dt, p.dt_batch, p.dt_head, p.dt_dim);
   head_view(z, p.z, p.z_batch, p.z_head, p.z_dim);
-  head_view(A, p.A, p.A_head, p.A_dim, p.A_state);
+  p.A = A.data_ptr();
+  p.A_head = outer(A, 0);
+  p.A_dim = A.stride(heads ? 1 : 0);
+  p.A_state = A.stride(heads ? 2 : 1);
   head_view(B, p.B, p.B_batch, p.B_group, p.B_state);
   head_view(C, p.C, p.C_batch, p.C_group, p.C_state);
-  const auto weight_view = [](const OptionalTensor& t, const void*& ptr, int64_t& head, int64_t& dim) {
+  const auto weight_view = [&](const OptionalTensor& t, const void*& ptr, int64_t& head, int64_t& dim) {
     if (!t) return;
     ptr = t->data_ptr();
-    head = t->stride(0);
-    dim = t->stride(1);
+    head = outer(*t, 0);
+    dim = t->stride(heads ? 1 : 0);
   };
   weight_view(D, p.D, p.D_head, p.D_dim);
   weight_view(dt_bias, p.dt_bias, p.dt_bias_head, p.dt_bias_dim);
-  STD_TORCH_CHECK(C.size(1) == p.groups, "selective_state_update: B has ", p.groups, " groups and C has ", C.size(1));
+  STD_TORCH_CHECK(!heads || C.size(1) == p.groups, "selective_state_update: B has ", p.groups, " groups and C has ",
+                  C.size(1));
   p.state_batch_indices = static_cast<const int64_t*>(pointer(state_batch_indices));
 #if !defined(TRIFUSE_CUDA)
   for (int64_t b = 0; p.state_batch_indices && b < p.batch; ++b) {
@@ -219,7 +226,8 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
                     p.state_batch_indices[b], "; state has only ", state.size(0), " rows");
   }
 #endif
-  const Tensor out = empty({p.batch, p.heads, p.headdim}, x.scalar_type(), x);
+  const Tensor out = heads ? empty({p.batch, p.heads, p.headdim}, x.scalar_type(), x)
+                           : empty({p.batch, p.headdim}, x.scalar_type(), x);
   p.out = out.data_ptr();
   launch(p, x);
   return out;

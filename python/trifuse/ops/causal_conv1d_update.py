@@ -14,7 +14,7 @@ from trifuse import reference
 from trifuse.backends import Op
 from trifuse.ops import _checks as check
 from trifuse.ops._checks import SEQUENCE_DTYPES
-from trifuse.ops.causal_conv1d import is_silu, weights
+from trifuse.ops.causal_conv1d import WIDTHS, is_silu, weights
 from trifuse.registration import causal_conv1d as kernels
 
 __all__ = ["causal_conv1d_update"]
@@ -75,11 +75,37 @@ def causal_conv1d_update(
 
     Source: Gu and Dao, "Mamba", 2023, section 3.4, one step of the convolution.
     """
-    call = prepare_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    if cache_seqlens is None and conv_state_indices is None and _is_plain(x, conv_state, weight, bias):
+        silu = is_silu("causal_conv1d_update", activation)
+        call = UpdateCall(x.unsqueeze(2), conv_state, weight, bias, silu, None, None)
+    else:
+        call = prepare_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
     name = UPDATE.choose(call, call.device_type, call.x.numel())
     with torch.no_grad():
         y = reference.causal_conv1d_update(*call) if name == "reference" else kernels.update(name, call)
     return y if x.dim() == 3 else y.squeeze(2)
+
+
+def _is_plain(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether one float32 token meets contiguous float32 weights: it passes every check and needs no conversion, and a
+    token is a matter of microseconds. Whatever is not told apart here goes the long way."""
+    if not isinstance(x, Tensor):
+        return False
+    device, float32, token = x.device, torch.float32, x.shape
+    for one in (x, conv_state, weight, bias):
+        if one is not None and (not isinstance(one, Tensor) or one.dtype is not float32 or one.device != device):
+            return False
+    if len(token) != 2 or conv_state.dim() != 3 or weight.dim() != 2 or 0 in conv_state.stride():
+        return False
+    width, rows = weight.shape[1], conv_state.shape
+    return (
+        rows[0] == token[0]
+        and rows[1] == token[1] == weight.shape[0]
+        and width in WIDTHS
+        and rows[2] >= width - 1
+        and weight.is_contiguous()
+        and (bias is None or (bias.shape == token[1:] and bias.is_contiguous()))
+    )
 
 
 def prepare_update(

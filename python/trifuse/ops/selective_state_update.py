@@ -87,12 +87,51 @@ def selective_state_update(
 
     Source: Gu and Dao, "Mamba", 2023, equation 2, one step of the recurrence.
     """
+    if state_batch_indices is None and _is_plain(state, x, dt, A, B, C, D, z, dt_bias):
+        call = UpdateCall(state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), None)
+        name = UPDATE.choose(call, x.device.type, state.numel())
+        if name in ("cpp", "cuda"):
+            with torch.no_grad():
+                return kernels.update(name, call)
     call = prepare_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     name = UPDATE.choose(call, call.device_type, call.state.numel())
     with torch.no_grad():
         out = reference.selective_state_update(*call) if name == "reference" else kernels.update(name, call)
     out = out.to(x.dtype)
     return out if x.dim() == 3 else out.flatten(1)
+
+
+def _is_plain(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether the arguments are float32 tensors without heads and groups that pass every check and need no conversion.
+
+    A token of a small model is a matter of microseconds, of which ``prepare_update`` would take a good part; the
+    compiled kernels take such a call as it is. Whatever is not told apart here goes the long way.
+    """
+    if not isinstance(x, Tensor):
+        return False
+    device, float32, token = x.device, torch.float32, x.shape
+    for one in (state, x, dt, A, B, C, D, z, dt_bias):
+        if one is not None and (not isinstance(one, Tensor) or one.dtype is not float32 or one.device != device):
+            return False
+    if len(token) != 2 or state.dim() != 3 or 0 in state.stride():
+        return False
+    batch, dim = token
+    weights = state.shape[1:]
+    coefficient = (batch, weights[1])
+    return (
+        state.shape[0] == batch
+        and weights[0] == dim
+        and dt.shape == token
+        and (z is None or z.shape == token)
+        and A.shape == weights
+        and B.shape == coefficient
+        and C.shape == coefficient
+        and (D is None or D.shape == (dim,))
+        and (dt_bias is None or dt_bias.shape == (dim,))
+    )
 
 
 def prepare_update(

@@ -14,6 +14,7 @@ the recurrence itself exceeds, and "ieee" would leave the tensor cores. AMD's ma
 import torch
 import triton
 
+from trifuse.registration.common import interpreting, state_rows
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.ssd_bwd import coefficient_kernel, dt_kernel, dx_kernel, pairs_kernel
 from trifuse.triton_kernels.ssd_chunk import out_kernel, products_kernel, steps_kernel
@@ -25,31 +26,34 @@ PROGRAMS = 528  # four for each of 132 multiprocessors: as many as the sums over
 HEADS = 8  # per tile of the kernels that take (heads, positions)
 
 
-def _tile(kernel, x, headdim, dstate):
-    """BLOCK_P, BLOCK_N and num_warps of a kernel: the largest tiles whose registers suffice, as compiled."""
-    half = x.dtype != torch.float32
-    table = {
-        # kernel: float32, half precision
-        "products": ((64, 32, 4), (64, 64, 4)),
-        "states": ((32, 64, 8), (32, 64, 8)),
-        "dstates": ((32, 64, 8), (32, 64, 8)),
-        "out": ((64, 32, 8), (64, 64, 8)),
-        "dx": ((32, 32, 8), (64, 64, 8)),
-        "pairs": ((32, 32, 8), (32, 32, 8)),
-        "coefficient": ((32, 64, 8), (32, 64, 8)),
-    }
-    block_p, block_n, warps = table[kernel][half]
-    block_p, block_n = common.power_of_2(headdim, 16, block_p), common.power_of_2(dstate, 16, block_n)
-    return block_p, block_n, warps
+# Kernel: BLOCK_P, BLOCK_N and warps, for float32 and for half precision.
+TILES = {
+    "products": ((64, 32, 4), (64, 64, 4)),
+    "states": ((32, 64, 8), (32, 64, 8)),
+    "dstates": ((32, 64, 8), (32, 64, 8)),
+    "out": ((64, 32, 8), (64, 64, 8)),
+    "dx": ((32, 32, 8), (64, 64, 8)),
+    "pairs": ((32, 32, 8), (32, 32, 8)),
+    "coefficient": ((32, 64, 8), (32, 64, 8)),
+}
+# Where matrix cores read both operands from registers: NVIDIA's but for Hopper and the Blackwell of data centres.
+SMALL_TILES = TILES | {
+    "out": ((32, 32, 8), (64, 64, 8)),
+    "dx": ((16, 32, 8), (64, 64, 8)),
+    "pairs": ((16, 32, 8), (32, 32, 8)),
+    "coefficient": ((32, 16, 8), (32, 32, 8)),
+}
 
 
-def _full_precision():
-    """How tl.dot multiplies float32 to nearly its own precision on the matrix cores of this GPU."""
-    from trifuse.registration.common import interpreting
-
+def _machine():
+    """How tl.dot multiplies float32 to nearly its own precision on the matrix cores of this GPU, and the tiles
+    whose registers suffice there (as compiled; not yet measured on a GPU)."""
     if interpreting():
-        return "ieee"
-    return "tf32x3" if triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
+        return "ieee", TILES
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        return "ieee", TILES
+    return "tf32x3", TILES if 90 <= target.arch < 120 else SMALL_TILES
 
 
 def _runs(x, seq_idx, cu_seqlens):
@@ -87,7 +91,7 @@ class _Windows:
         self.groups, self.dstate = B.shape[2:]
         block_t = common.power_of_2(self.seqlen, 16, triton.next_power_of_2(max(chunk_size, 16)))
         self.chunk, self.n_windows = min(chunk_size, block_t), triton.cdiv(self.seqlen, chunk_size)
-        self.full = _full_precision()
+        self.full, self.tiles = _machine()
         self.starts, self.ends, self.entry, self.leave = _runs(x, seq_idx, cu_seqlens)
         self.block_t, self.runs = block_t, self.starts is not None
         self.plane = self.batch * self.heads * self.seqlen
@@ -111,7 +115,9 @@ class _Windows:
         )  # fmt: skip
 
     def tile(self, kernel, x):
-        return _tile(kernel, x, self.headdim, self.dstate)
+        """BLOCK_P, BLOCK_N and num_warps of a kernel."""
+        block_p, block_n, warps = self.tiles[kernel][x.dtype != torch.float32]
+        return common.power_of_2(self.headdim, 16, block_p), common.power_of_2(self.dstate, 16, block_n), warps
 
     def squares(self, x, *slabs):
         size = (*slabs, self.batch, self.n_windows, self.groups, self.block_t, self.block_t)
@@ -143,8 +149,6 @@ def ssd_fwd(
     x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, deterministic,
     return_final, chunk_size, save,
 ):  # fmt: skip
-    from trifuse.registration.common import state_rows
-
     batch, seqlen, heads, headdim = x.shape
     sizes = (heads, headdim, B.shape[3])
     rows = state_rows(x, cu_seqlens)
@@ -199,7 +203,7 @@ def ssd_bwd(
     if z is not None:
         _out(w, x, C, D, z, states, outer, dout, dz)
     if (dstates is not None and dstates is not dfinal_states) or initial_states is not None:
-        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        rows = state_rows(x, cu_seqlens)
         block_p, block_n, warps = w.tile("dstates", x)
         common.launch(
             dstates_kernel, w.state_programs(rows, block_p, block_n),

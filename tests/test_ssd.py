@@ -409,7 +409,7 @@ def test_cpp_gradients_pass_gradcheck():
 
 @cpp_only
 def test_results_depend_on_no_number_of_threads(threads):
-    tensors = make(seqlen=300, heads=6, groups=2, gate=True)
+    tensors = make(seqlen=300, heads=6, groups=2, headdim=32, gate=True)  # large enough to be shared out
     results = []
     for count in (1, 2, 5):
         threads(count)
@@ -466,6 +466,24 @@ def test_short_sequences_with_large_states_build_no_states():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 100
+
+
+@cpp_only
+def test_a_hundred_thousand_tokens():
+    """The last of them, in float32 and in float64, and where the state has come by then."""
+    tensors = make(batch=1, seqlen=100_000, heads=4, headdim=4, dstate=4)
+    tensors["A"] = tensors["A"] * 1e-2
+    narrow, wide = (run("cpp", tensors, dtype, dt_softplus=True) for dtype in (torch.float32, torch.float64))
+    for name in wide:
+        largest = wide[name].abs().max().item()
+        assert error(narrow[name], wide[name]) <= 1e-5 * largest, name
+    assert wide["out"][0, -1].abs().max() > 0
+    with trifuse.backend("reference"):
+        tail = {k: v[:, -50:] if k in ("x", "dt", "B", "C") else v for k, v in tensors.items() if v is not None}
+        head = {k: v[:, :-50] if k in ("x", "dt", "B", "C") else v for k, v in tensors.items() if v is not None}
+        tail["initial_states"] = run("cpp", head, torch.float64, grads=False, dt_softplus=True)["final_states"]
+        exact = trifuse.ssd(**tail, dt_softplus=True)
+    torch.testing.assert_close(wide["out"][:, -50:], exact, rtol=1e-10, atol=1e-10)
 
 
 @cpp_only

@@ -88,7 +88,7 @@ class ChunkGradients {
     load_output_gradient<T, S>(p_, n_, b, h, block, dy_, z_, q);
     const T* state = state_before(block, b, c, h);
     const T* dstate = workspace_.gradient_after(p_, n_, block, b, c, h, dh_);
-    scores(q);
+    scores(q, block, b, h);
     inputs(block, b, h, q, dstate, sums);
     double carried = 0;
     if (state && dstate) {
@@ -115,7 +115,7 @@ class ChunkGradients {
   // scores = C B^T * L; the part of this head in the gradient of C B^T; and of every pair of positions j < i
   // the gradient of the logarithm of L[i][j], summed over j and over i. The difference of these sums is what
   // counts, and what they share must vanish from it: they are in double.
-  void scores(int64_t q) {
+  void scores(int64_t q, const Block& block, int64_t b, int64_t h) {
     constexpr int64_t lanes = kLanes<T>;
     transpose_rows<T>(xt_, n_.q_ld, x_, n_.headdim_ld, q, p_.headdim);
     Product<T> product;
@@ -130,8 +130,12 @@ class ChunkGradients {
     IVec<T> lane;
     for (int64_t k = 0; k < lanes; ++k) lane[k] = Lane(k);
     Vec<double> row = splat(0.0);
+    const int64_t next = h + 1 < p_.heads ? h + 1 : h;
+    const S *next_x = at<S>(p_.x, b, block.begin, next), *next_dout = at<S>(p_.dout, b, block.begin, next);
     for_decays<T>(steps_, q, static_cast<const T*>(nullptr), shared_, [&](int64_t i, int64_t v, Vec<T> L, bool last) {
       const int64_t k = i * n_.q_ld + v * lanes;
+      if (last) prefetch_row(next_x + i * p_.x.time, p_.headdim);
+      if (last) prefetch_row(next_dout + i * p_.dout.time, p_.headdim);
       const Vec<T> score = load<T>(group_.CB + k) * L;
       const Vec<T> gradient = load<T>(G_ + k) * load<T>(steps_.step + v * lanes);
       store<T>(scores_ + k, score);
@@ -310,12 +314,17 @@ void zero_gradients(const SsdBwdParams& p) {
 }
 
 template <class T, class S>
-void backward(const SsdBwdParams& p, const Threads& threads) {
+void backward(const SsdBwdParams& p, const Threads& all_threads) {
   copy_empty<T>(p, p.dfinal_states, p.dinitial_states);
   if (p.batch * p.seqlen * p.heads == 0) return zero_gradients<T, S>(p);
+  const Threads threads = worthwhile(p, all_threads);
+  const int64_t sequence = p.batch * p.seqlen * p.heads * p.headdim * int64_t(sizeof(S));
+  prefer_large_pages(p.dx.ptr, sequence);
+  if (p.dz.ptr) prefer_large_pages(p.dz.ptr, sequence);
   const Blocks blocks(p);
   const Sizes<T> n(p);
   const Workspace<T> workspace(p);
+  prefer_large_pages(p.workspace, workspace.bytes());
   state_gradients<T, S>(p, n, blocks, workspace, threads);
   const bool states = p.initial_states || p.dfinal_states || p.n_chunks > 1;
   parallel(threads, p.batch * p.n_chunks * p.groups, [&](int64_t begin, int64_t end) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "isa.h"
+#include "pages.h"
 #include "ssd_product.h"
 #include "ssd_rows.h"
 
@@ -152,7 +153,9 @@ class ForwardItem {
 
     steps_.template compute<false>(p_, b, h, block.begin, q);
     load_rows<T>(x_, n_.headdim_ld, at<S>(p_.x, b, block.begin, h), p_.x.time, p_.x.last, q, p_.headdim);
-    for_decays<T>(steps_, q, steps_.step, shared_, [&](int64_t i, int64_t v, Vec<T> decay, bool) {
+    const S* next = h + 1 < p_.heads ? at<S>(p_.x, b, block.begin, h + 1) : at<S>(p_.x, b, block.begin, h);
+    for_decays<T>(steps_, q, steps_.step, shared_, [&](int64_t i, int64_t v, Vec<T> decay, bool last) {
+      if (last) prefetch_row(next + i * p_.x.time, p_.headdim);
       const int64_t k = i * n_.q_ld + v * kLanes<T>;
       store<T>(scores_ + k, load<T>(group_.CB + k) * decay);
     });
@@ -237,10 +240,21 @@ int64_t heads_per_item(const SsdParams& p, const Sizes<T>& n, int64_t pieces) {
   return (heads + splits - 1) / splits;
 }
 
+// The threads that a call is worth: waking them takes longer than small calls do.
+inline Threads worthwhile(const SsdParams& p, Threads threads) {
+  const int64_t products = p.batch * p.seqlen * p.heads * p.headdim * (p.dstate + std::min(p.chunk_size, p.seqlen));
+  if (products < (int64_t(1) << 18)) threads.count = 1;
+  return threads;
+}
+
 template <class T, class S>
-void forward(const SsdParams& p, const Threads& threads) {
+void forward(const SsdParams& p, const Threads& all_threads) {
   copy_empty<T>(p, p.initial_states, p.final_states);
   if (p.batch * p.seqlen * p.heads == 0) return;
+  const Threads threads = worthwhile(p, all_threads);
+  prefer_large_pages(p.out.ptr, p.batch * p.seqlen * p.heads * p.headdim * int64_t(sizeof(S)));
+  const int64_t chunks = p.batch * p.n_chunks * p.heads;
+  if (p.chunk_states) prefer_large_pages(p.chunk_states, chunks * p.headdim * p.dstate * int64_t(sizeof(T)));
   const Blocks blocks(p);
   const Sizes<T> n(p);
   const int64_t heads = p.heads / p.groups;

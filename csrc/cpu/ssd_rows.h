@@ -58,6 +58,15 @@ void load_rows(T* to, int64_t ld, const S* from, int64_t row, int64_t column, in
   }
 }
 
+// Rows of one head lie far apart: the next head's are asked for while this one's are computed.
+template <class S>
+TRIFUSE_INLINE void prefetch_row(const S* row, int64_t columns) {
+  for (const char* line = reinterpret_cast<const char*>(row); line < reinterpret_cast<const char*>(row + columns);
+       line += 64) {
+    __builtin_prefetch(line);
+  }
+}
+
 template <class T, class S>
 TRIFUSE_INLINE void store_row(S* to, const T* from, int64_t columns) {
   constexpr int64_t lanes = kLanes<T>;

@@ -56,9 +56,12 @@ def ssd(
     if dt_softplus:
         step = F.softplus(step)
     step = step.clamp(*dt_limit)
-    decay = torch.exp(step * A.to(acc))
     inputs = x.to(acc)
     B, C = (coef.to(acc).repeat_interleave(heads // coef.shape[2], dim=2) for coef in (B, C))
+    # Taken apart once: the gradient of one position of a tensor is as large as all of it.
+    decays = torch.exp(step * A.to(acc))[..., None, None].unbind(1)
+    news = (step[..., None] * inputs)[..., None].unbind(1)
+    Bs, Cs = (coef[:, :, :, None, :].unbind(1) for coef in (B, C))
 
     def one_sequence(start: int, end: int, state: Tensor) -> tuple[list[Tensor], Tensor]:
         ys = []
@@ -66,9 +69,8 @@ def ssd(
             if seq_idx is not None and t > start:
                 same = seq_idx[:, t] == seq_idx[:, t - 1]
                 state = torch.where(same[:, None, None, None], state, torch.zeros_like(state))
-            new = (step[:, t, :, None] * inputs[:, t])[..., None] * B[:, t, :, None, :]
-            state = decay[:, t, :, None, None] * state + new
-            ys.append((state * C[:, t, :, None, :]).sum(-1))
+            state = decays[t] * state + news[t] * Bs[t]
+            ys.append((state * Cs[t]).sum(-1))
         return ys, state
 
     bounds = [0, seqlen] if cu_seqlens is None else cu_seqlens.tolist()

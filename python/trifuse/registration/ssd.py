@@ -105,18 +105,8 @@ def _triton_refusals(call: Any) -> list[str]:
     return reasons
 
 
-_BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("trifuse::ssd_fwd", "CPU")
-
-
-def _cpp_refusals(call: Any) -> list[str]:
-    reasons = common.cpp_refusals(call)
-    if not reasons and not _BUILT:
-        reasons.append("the compiled library was built before it had kernels of ssd; build it again")
-    return reasons
-
-
 def register_backends(op: Op) -> None:
-    op.backend("cpp", _cpp_refusals)
+    op.backend("cpp", common.cpp_refusals)
     op.backend("cuda", _cuda_refusals)
     op.backend("triton", _triton_refusals)
 

@@ -4,8 +4,6 @@
 
 #include "common.h"
 
-// Each of the three compilations joins as its kernels arrive.
-#if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED)
 namespace trifuse {
 namespace {
 
@@ -157,4 +155,3 @@ TRIFUSE_IMPL(m) {
 
 }  // namespace
 }  // namespace trifuse
-#endif

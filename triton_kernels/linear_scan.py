@@ -248,11 +248,12 @@ def _walk(a, b, h, initial_state, first_state, last_state, cu_seqlens, out, da, 
     views = [_reals(x) for x in (a, b, h, out, da)]
     tensors, strides = [view[0] for view in views], [view[1] for view in views]
     for compose in (True, False) if pieces > 1 else (False,):
+        warps = 8 if compose and A else 4  # 4 spill eight bytes
         common.launch(
             _kernel, (rows * n_blocks, pieces),
             *tensors[:3], _state(initial_state), _state(first_state), _state(last_state), cu_seqlens, products, ends,
             *tensors[3:], *strides, rows, dim, seqlen, n_blocks, piece_length,
-            A=A, B=B, DOWN=down, ADJOINT=adjoint, COMPOSE=compose, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=4,
+            A=A, B=B, DOWN=down, ADJOINT=adjoint, COMPOSE=compose, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ TRIFUSE_DEVICE void finish(const WalkArgs& p, const Place& at, Number<B> x, cons
 
 // Channels are neighbours: a thread walks one, reading some steps ahead.
 template <typename S, bool A, bool B, bool kAdjoint>
-__global__ void __launch_bounds__(kThreads) thread_kernel(const __grid_constant__ WalkArgs p) {
+__global__ void __launch_bounds__(kThreads) linear_scan_thread_kernel(const __grid_constant__ WalkArgs p) {
   const Place at(p, blockIdx.x % p.blocks_per_row * kThreads + int(threadIdx.x));
   if (!at.here) return;
   Number<B> x = state_at_begin<A, B>(p, at);
@@ -146,7 +146,7 @@ TRIFUSE_DEVICE void shift_factors(Number<A> (&factors)[kRun], Number<A>& carried
 
 // Steps lie side by side, or nothing does: a warp walks one channel, a tile of 32 runs at a time.
 template <typename S, bool A, bool B, bool kAdjoint>
-__global__ void __launch_bounds__(kThreads) warp_kernel(const __grid_constant__ WalkArgs p) {
+__global__ void __launch_bounds__(kThreads) linear_scan_warp_kernel(const __grid_constant__ WalkArgs p) {
   const int lane = int(threadIdx.x) % 32;
   const Place at(p, blockIdx.x % p.blocks_per_row * kWarps + int(threadIdx.x) / 32);
   if (!at.here) return;  // the whole warp
@@ -253,7 +253,8 @@ Error walk(WalkArgs p, void* workspace, Stream stream) {
   p.ends = p.products + p.pieces * rows * p.dim * (A ? 2 : 1);
   for (int pass = p.pieces > 1 ? 0 : 1; pass < 2; ++pass) {
     p.compose = pass == 0;
-    const auto kernel = neighbours ? thread_kernel<S, A, B, kAdjoint> : warp_kernel<S, A, B, kAdjoint>;
+    const auto kernel =
+        neighbours ? linear_scan_thread_kernel<S, A, B, kAdjoint> : linear_scan_warp_kernel<S, A, B, kAdjoint>;
     const Error error = launch(kernel, rows * p.blocks_per_row, int(p.pieces), kThreads, 0, stream, p);
     if (error != kSuccess) return error;
   }

@@ -193,9 +193,9 @@ struct Steps {
   }
 };
 
-// Calls f(i, v, decay, v is the last) for every vector v of columns at or left of the diagonal of row i: decay[lane] is
-// exp(cum[i] - cum[j]) of column j = v * lanes + lane, times column_scale[j] if given. Columns right of the
-// diagonal hold anything. Blocks of `lanes` rows share the exponentials of the columns left of them.
+// Calls f(i, v, decay, v is the last) for every vector v of columns at or left of the diagonal of row i, in
+// order: decay[lane] is exp(cum[i] - cum[j]) of column j = v * lanes + lane, times column_scale[j] if given.
+// Columns right of the diagonal hold anything. Blocks of `lanes` rows share the exponentials left of them.
 template <class T, class F>
 TRIFUSE_INLINE void for_decays(const Steps<T>& steps, int64_t q, const T* column_scale, T* shared, F&& f) {
   constexpr int64_t lanes = kLanes<T>;

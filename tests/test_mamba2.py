@@ -284,12 +284,13 @@ def test_packed_texts_are_read_in_pieces(learnable, wrapped):
         torch.testing.assert_close(torch.cat(own), whole)
 
 
-def test_padding_behind_packed_texts_reaches_nothing() -> None:
-    """Offsets that end before L, with negative ids behind them: how engines fill a batch up to a fixed length."""
+@pytest.mark.parametrize("padding", [-1, 3])
+def test_padding_behind_packed_texts_reaches_nothing(padding: int) -> None:
+    """Offsets that end before L, with another id behind them: how engines fill a batch up to a fixed length."""
     torch.manual_seed(0)
     layer = Mamba2(16, d_state=8, headdim=8, layer_idx=0)
     u = torch.randn(1, 12, 16)
-    offsets, ids = torch.tensor([0, 4, 7, 7]), torch.tensor([[0] * 4 + [1] * 3 + [-1] * 5])
+    offsets, ids = torch.tensor([0, 4, 7, 7]), torch.tensor([[0] * 4 + [1] * 3 + [padding] * 5])
     caches = [InferenceParams(), InferenceParams()]
     with torch.no_grad():
         padded = layer(u, seq_idx=ids, cu_seqlens=offsets, inference_params=caches[0])
@@ -298,6 +299,8 @@ def test_padding_behind_packed_texts_reaches_nothing() -> None:
     assert not padded[:, 7:].any()
     for left, right in zip(*(cache.key_value_memory_dict[0] for cache in caches), strict=True):
         assert torch.equal(left, right)
+    with pytest.raises(ValueError, match="cu_seqlens ends at 7; it must end at L = 12"):
+        layer(u, seq_idx=ids.clamp(max=1).abs(), cu_seqlens=offsets)  # the last text goes on
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -27,6 +27,16 @@ from trifuse.integrations import transformers_hook
 
 logging.set_verbosity_error()
 
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 every_model = pytest.mark.parametrize("case", cases.CONFIGS)
 
 

@@ -181,7 +181,7 @@ class Mamba2(nn.Module):
             seq_idx: ``(B, L)`` int32 or int64; convolution and state restart where it changes.
             cu_seqlens: ``(S + 1,)`` offsets of S texts packed in a batch of one; convolution and state
                 restart at every boundary. With ``inference_params`` each text has its own states. Where they end
-                before L, negative ``seq_idx`` must name the rest as padding; its output is 0.
+                before L, ``seq_idx`` must change there: the rest is padding, and its output is 0.
             inference_params: reads a text in pieces of any size, see ``InferenceParams``. With
                 ``seqlen_offset`` 0 a text starts; above 0 it goes on from the states this layer left
                 there. The states hold values only: no gradient flows from one piece into another.
@@ -355,11 +355,12 @@ class Mamba2(nn.Module):
 
 
 def _end_of_texts(u: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> int:
-    """Where the padding begins that seq_idx names behind the last packed text; L where there is none."""
+    """Where the padding begins that seq_idx tells from the last packed text; L where there is none."""
     length = u.shape[1]
     if not (isinstance(seq_idx, Tensor) and isinstance(cu_seqlens, Tensor)) or torch.compiler.is_compiling():
         return length
     if seq_idx.shape != u.shape[:2] or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         return length  # the checks will say so
     end = int(cu_seqlens[-1])
-    return end if 0 <= end < length and bool((seq_idx[:, end:] < 0).all()) else length
+    inside = 0 < end < length and bool((seq_idx[:, end] != seq_idx[:, end - 1]).all())
+    return end if inside else length

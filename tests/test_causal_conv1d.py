@@ -158,6 +158,16 @@ def test_strided_and_expanded_inputs(backend, device):
 
 
 @kernels
+def test_a_transposed_input_gives_an_output_transposed_alike(backend, device):
+    x = make(dim=32, seqlen=40, layout="bld")["x"].float().to(device)
+    weight = torch.randn(32, 4, device=device)
+    with trifuse.backend(backend):
+        y = trifuse.causal_conv1d(x.transpose(1, 2), weight)
+        assert y.stride() == x.transpose(1, 2).stride()
+        assert torch.equal(y.transpose(1, 2), trifuse.causal_conv1d(x, weight, layout="bld"))
+
+
+@kernels
 @layouts
 def test_an_expanded_output_gradient(backend, device, layout):
     tensors = {k: v.float().to(device).requires_grad_() for k, v in make(seqlen=70, dim=32, layout=layout).items()}

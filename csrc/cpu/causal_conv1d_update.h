@@ -103,16 +103,18 @@ struct Update {
     StateS* kept = state(row, first);
     const auto place = [&](int64_t i) { return p.cache_seqlens ? (next + i) % size : i; };  // i-th oldest
     Vec<T> in[kMaxWidth], tap[kMaxWidth];
-    for (int64_t k = 0; k < p.width; ++k) {
-      tap[k] = load_some<T, T>(weight + first * p.width + k, p.width, count);
-      if (k < before) in[k] = load_some<T, StateS>(kept + place(size - before + k) * step, p.state_dim, count);
+    if (p.width == 4 && count == lanes) {
+      load_groups<T, 4, T>(weight + first * 4, tap);
+    } else {
+      for (int64_t k = 0; k < p.width; ++k) tap[k] = load_some<T, T>(weight + first * p.width + k, p.width, count);
+    }
+    for (int64_t k = 0; k < before; ++k) {
+      in[k] = load_some<T, StateS>(kept + place(size - before + k) * step, p.state_dim, count);
     }
     const Vec<T> start = bias_of(first, count);
-    if (!p.cache_seqlens) {
-      for (int64_t i = 0; i + p.seqlen < size; ++i) {
-        for (int64_t c = 0; c < count; ++c)
-          kept[c * p.state_dim + i * step] = kept[c * p.state_dim + (i + p.seqlen) * step];
-      }
+    for (int64_t i = 0; !p.cache_seqlens && i + p.seqlen < size; ++i) {
+      const Vec<T> moved = load_some<T, StateS>(kept + (i + p.seqlen) * step, p.state_dim, count);
+      store_some<StateS, T>(kept + i * step, moved, p.state_dim, count);
     }
     for (int64_t t = 0; t < p.seqlen; ++t) {
       in[before] = load_some<T, S>(at<S>(p.x, b, first, t), p.x.dim, count);

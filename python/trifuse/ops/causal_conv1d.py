@@ -100,12 +100,14 @@ def causal_conv1d(
         x, weight, bias, seq_idx, initial_states, return_final_states, activation,
         cu_seqlens=cu_seqlens, layout=layout, deterministic=deterministic,
     )  # fmt: skip
+    # The output lies in memory as x does: a transposed x has channels side by side, and so has what is made of it.
+    call = call._replace(bld=call.bld or (call.x.stride(1) == 1 and call.x.stride(2) != 1))
     name = CONV.choose(call, call.device_type, call.x.numel())
     if name == "reference":
         y, final_states = reference.causal_conv1d(*call[:7])
     else:
         y, final_states = kernels.conv(name, call, bool(return_final_states))
-    if call.bld:
+    if layout == "bld":
         y = y.transpose(1, 2)
     return (y, final_states) if return_final_states else y
 

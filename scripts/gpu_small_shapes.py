@@ -99,6 +99,73 @@ def check_ssd(sizes: tuple[int, ...], dtype: torch.dtype, packed: bool) -> None:
         assert error <= bound, f"ssd {sizes} {dtype} packed={packed}: error {error} > {bound}"
 
 
+CONV_SIZES = ((1, 5, 1, 2), (2, 24, 65, 4), (3, 70, 600, 4), (1, 130, 300, 8))  # batch, dim, seqlen, width
+
+
+def conv_arguments(sizes: tuple[int, ...], dtype: torch.dtype, layout: str, packed: bool) -> tuple[dict, dict]:
+    """The differentiable arguments of causal_conv1d, and its options: ids with padding, or packed sequences."""
+    batch, dim, seqlen, width = sizes
+    batch = 1 if packed else batch
+
+    def normal(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(of).requires_grad_()
+
+    tensors = {
+        "x": normal(*((batch, seqlen, dim) if layout == "bld" else (batch, dim, seqlen)), of=dtype),
+        "weight": normal(dim, width), "bias": normal(dim),
+        "initial_states": normal(3 if packed else batch, dim, width - 1, of=dtype),
+    }  # fmt: skip
+    if packed:
+        return tensors, {"cu_seqlens": torch.tensor([0, 0, seqlen // 3, seqlen], device="cuda")}
+    return tensors, {"seq_idx": torch.arange(seqlen, device="cuda").expand(batch, -1) // 40 % 5 - 1}
+
+
+def check_conv(backend: str, sizes: tuple[int, ...], dtype: torch.dtype, layout: str, packed: bool) -> None:
+    tensors, options = conv_arguments(sizes, dtype, layout, packed)
+    answers = []
+    for one in (backend, "reference"):
+        with trifuse.backend(one):
+            y, final = trifuse.causal_conv1d(
+                **tensors, **options, layout=layout, activation="silu", return_final_states=True
+            )
+        grads = torch.autograd.grad(y.float().square().sum() + final.float().square().sum(), list(tensors.values()))
+        answers.append([y.detach(), final.detach(), *grads])
+    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
+    for got, expected in zip(*answers, strict=True):
+        error = (got.float() - expected.float()).abs().max().item()
+        bound = tolerance * max(1.0, expected.float().abs().max().item())
+        assert error <= bound, f"causal_conv1d {backend} {sizes} {dtype} {layout} packed={packed}: {error} > {bound}"
+
+
+def check_conv_update(backend: str, dtype: torch.dtype, circular: bool) -> None:
+    state, weight, bias = (torch.randn(shape, device="cuda") for shape in ((3, 140, 5), (140, 4), (140,)))
+    x = torch.randn(2, 140, 3, device="cuda", dtype=dtype)
+    counts, rows = torch.tensor([4, 9], device="cuda") if circular else None, torch.tensor([2, -1], device="cuda")
+    answers = []
+    for one in (backend, "reference"):
+        kept = state.to(dtype, copy=True)
+        with trifuse.backend(one):
+            y = trifuse.causal_conv1d_update(x, kept, weight, bias, "silu", counts, rows)
+        answers.append((y, kept))
+    for got, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(got.float(), expected.float(), atol=5e-2, rtol=5e-2)
+
+
+def examine_conv(backend: str) -> int:
+    """How many calls of the convolution agree."""
+    op = backends.Op.registry["causal_conv1d"]
+    reasons = op.refusals[backend](op.prepare(**conv_arguments(CONV_SIZES[0], torch.float32, "bdl", False)[0]))
+    if reasons:
+        print(f"{backend}: causal_conv1d not examined: {'; '.join(reasons)}")
+        return 0
+    dtypes, both = (torch.float32, torch.bfloat16), (False, True)
+    for case in itertools.product(CONV_SIZES, dtypes, ("bdl", "bld"), both):
+        check_conv(backend, *case)
+    for case in itertools.product(dtypes, both):
+        check_conv_update(backend, *case)
+    return len(CONV_SIZES) * 8 + 4
+
+
 def main() -> None:
     torch.manual_seed(0)
     done = 0
@@ -123,6 +190,7 @@ def main() -> None:
         for sizes, dtype, packed in itertools.product(SSD_SIZES, (torch.float32, torch.bfloat16), (False, True)):
             check_ssd(sizes, dtype, packed)
             done += 1
+    done += sum(examine_conv(backend) for backend in ("cuda", "triton"))
     torch.cuda.synchronize()
     assert done, "no GPU kernel could be examined"
     print(f"{done} small calls agree with the reference")

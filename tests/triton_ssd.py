@@ -49,17 +49,17 @@ def backward(dtype, return_final=False, **options):
 def configurations(target):
     """(name, call) of everything compiled for a target: all of it for sm_90, the main ones elsewhere."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    everything = target == "sm_90"
-    variants = {"": {}, "packed": {"packed": True, "initial": True, "return_final": True, "heads": 64, "groups": 8}}
-    if everything:
-        variants |= {
-            "short": {"seqlen": 3, "dstate": 1024, "bare": True},
-            "wide": {"headdim": 128, "dstate": 256, "runs": True, "initial": True},
-            "odd": {"headdim": 50, "dstate": 17, "seqlen": 1001, "heads": 3, "initial": True, "return_final": True},
-        }
-    for variant, options in variants.items():
-        for name, dtype in dtypes.items():
-            if name == "float16" and (variant or not everything):
-                continue
-            yield f"fwd {name} {variant}".strip(), partial(forward, dtype, **options)
-            yield f"bwd {name} {variant}".strip(), partial(backward, dtype, **options)
+    packed = {"packed": True, "initial": True, "return_final": True, "heads": 64, "groups": 8}
+    variants = [(name, "", {}) for name in ("float32", "bfloat16")]
+    variants += [(name, "packed", packed) for name in ("float32", "bfloat16")]
+    if target == "sm_90":
+        odd = {"headdim": 50, "dstate": 17, "seqlen": 1001, "heads": 3, "initial": True, "return_final": True}
+        variants += [
+            ("float16", "", {}),
+            ("bfloat16", "short", {"seqlen": 3, "dstate": 1024, "bare": True}),
+            ("bfloat16", "wide", {"headdim": 128, "dstate": 256, "runs": True, "initial": True}),
+            ("float32", "odd", odd),
+        ]
+    for name, variant, options in variants:
+        yield f"fwd {name} {variant}".strip(), partial(forward, dtypes[name], **options)
+        yield f"bwd {name} {variant}".strip(), partial(backward, dtypes[name], **options)

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import trifuse
+import trifuse.nn.mamba as mamba_module
+from trifuse import _library
 from trifuse.nn import InferenceParams, Mamba
 
+needs_cpp = pytest.mark.skipif(_library.missing("cpp") is not None, reason="the cpp library is not built")
 SUBMODULES = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
@@ -388,3 +391,94 @@ def test_packed_texts_keep_a_row_of_states_each():
         alone = layer(torch.cat((x[:, begun], x[:, gone_on]), dim=1))
         found = torch.cat((first[:, begun], second[:, slice(gone_on.start - 9, gone_on.stop - 9)]), dim=1)
         torch.testing.assert_close(found, alone)
+
+
+def served(monkeypatch):
+    """What the one-call way of a token answered, call by call: whether it served."""
+    answers = []
+    mamba_token = mamba_module.mamba_token
+
+    def spy(*tensors):
+        out = mamba_token(*tensors)
+        answers.append(out is not None)
+        return out
+
+    monkeypatch.setattr(mamba_module, "mamba_token", spy)
+    return answers
+
+
+PLAIN = [{}, {"bias": True}, {"conv_bias": False, "d_conv": 3}, {"d_conv": 8, "d_state": 5}, {"expand": 3, "d_conv": 2}]
+
+
+@needs_cpp
+@pytest.mark.parametrize("options", PLAIN, ids=str)
+@torch.no_grad()
+def test_a_plain_token_goes_through_the_block_in_one_call(options, monkeypatch):
+    layer, x = make(dtype=torch.float32, **options), torch.randn(3, 6, 16)
+    answers = served(monkeypatch)
+    states, own = layer.allocate_inference_cache(3), layer.allocate_inference_cache(3)
+    one = torch.cat([layer.step(token, *states)[0] for token in x.split(1, dim=1)], dim=1)
+    assert answers == [True] * 6
+    monkeypatch.setattr(mamba_module, "mamba_token", lambda *tensors: None)
+    many = torch.cat([layer.step(token, *own)[0] for token in x.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(one, many)
+    torch.testing.assert_close(states, own)
+    torch.testing.assert_close(one, layer(x))
+
+
+@needs_cpp
+@torch.no_grad()
+def test_a_parameter_changed_in_any_way_counts_in_the_next_token(monkeypatch):
+    layer, token, answers = make(dtype=torch.float32), torch.randn(1, 1, 16), served(monkeypatch)
+
+    def out():
+        return layer.step(token, *(torch.ones_like(state) for state in layer.allocate_inference_cache(1)))[0]
+
+    seen = [out()]
+    layer.A_log.data.mul_(0.5)
+    seen.append(out())
+    layer.A_log.add_(0.3)
+    seen.append(out())
+    layer.load_state_dict(make(dtype=torch.float32, seed=5).state_dict())
+    seen.append(out())
+    layer.A_log = nn.Parameter(layer.A_log - 1)
+    seen.append(out())
+    assert all(answers) and len(answers) == 5
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+@needs_cpp
+@torch.no_grad()
+def test_what_is_not_plain_goes_the_long_way(monkeypatch):
+    layer, token, answers = make(dtype=torch.float32), torch.randn(2, 1, 16), served(monkeypatch)
+    expected, hooked = layer.step(token, *layer.allocate_inference_cache(2))[0], []
+
+    def same(dtype=torch.float32):
+        states = layer.allocate_inference_cache(2)
+        torch.testing.assert_close(layer.step(token, *states)[0], expected, rtol=0, atol=1e-6)
+
+    for name in SUBMODULES:
+        handle = getattr(layer, name).register_forward_hook(lambda *_: hooked.append("own"))
+        same()
+        handle.remove()
+    everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *_: hooked.append("global"))
+    same()
+    everywhere.remove()
+    assert hooked.count("own") == 5 and hooked.count("global") >= 5
+    with trifuse.backend("reference"):
+        same()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.step(token, *layer.allocate_inference_cache(2))[0].dtype == torch.bfloat16
+    layer.conv1d.weight = nn.Parameter(layer.conv1d.weight.transpose(0, 2).contiguous().transpose(0, 2))
+    same()
+    assert answers[0] and not any(answers[1:])
+    layer.double().step(token.double(), *layer.allocate_inference_cache(2))
+    assert not answers[-1]
+
+
+@needs_cpp
+@torch.no_grad()
+def test_opcheck_of_the_one_call():
+    layer = make(dtype=torch.float32).requires_grad_(False)
+    tensors = (torch.randn(2, 16), *layer.allocate_inference_cache(2), *layer._plain_weights())
+    torch.library.opcheck(torch.ops.trifuse.mamba_token.default, tensors)

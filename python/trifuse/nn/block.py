@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from trifuse.ops import _checks as check
 
@@ -36,7 +37,7 @@ class InferenceParams:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does no more than its class does with its weight and bias."""
-    if type(module) is not kind or "forward" in module.__dict__:
+    if type(module) is not kind or "forward" in module.__dict__ or _has_any_global_hook():
         return False
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

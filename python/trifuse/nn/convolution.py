@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trifuse.nn.block import is_plain
 from trifuse.ops import causal_conv1d, causal_conv1d_update
 
-__all__ = ["convolve", "convolve_token"]
+__all__ = ["convolve", "convolve_token", "is_fused"]
 
 _FUSED_WIDTHS = range(2, 9)
 
@@ -34,7 +34,7 @@ def convolve(
         reverse: the window reaches forwards in time. Neither `state` nor `seq_idx` goes with it.
     """
     left = None if state is None else state[..., 1:].to(x.dtype)
-    if not _is_fused(module, width):
+    if not is_fused(module, width):
         y = _called(module, width, x, left, seq_idx, cu_seqlens, reverse)
     elif reverse:
         y = _fused_reverse(x, module.weight.squeeze(1), module.bias, cu_seqlens)
@@ -50,12 +50,12 @@ def convolve(
 
 def convolve_token(module: nn.Module, width: int, x: Tensor, state: Tensor) -> Tensor:
     """``convolve`` of one token x ``(B, D)`` of each text, where no gradient is asked for."""
-    if _is_fused(module, width):
+    if is_fused(module, width):
         return causal_conv1d_update(x, state, module.weight.squeeze(1), module.bias, "silu")
     return convolve(module, width, x.unsqueeze(1), state).squeeze(1)
 
 
-def _is_fused(module: nn.Module, width: int) -> bool:
+def is_fused(module: nn.Module, width: int) -> bool:
     """Whether the fused kernel computes what the module does: some other convolution may have taken its place."""
     return (
         is_plain(module, nn.Conv1d)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trifuse.nn import block
-from trifuse.nn.convolution import convolve, convolve_token
+from trifuse.nn.convolution import convolve, convolve_token, is_fused
 from trifuse.ops import _checks as check
 from trifuse.ops import selective_scan, selective_state_update
+from trifuse.ops.mamba_token import mamba_token
 
 __all__ = ["Mamba", "StepSizes", "add_direction", "scan", "set_sizes"]
 
@@ -184,11 +185,33 @@ class Mamba(nn.Module):
 
     def _token(self, token: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """One token ``(B, d_model)`` of each text, where no gradient is asked for."""
+        weights = self._plain_weights()
+        out = None if weights is None else mamba_token(token, conv_state, ssm_state, *weights)
+        if out is not None:
+            return out
         x, z = self.in_proj(token).chunk(2, dim=-1)
         x = convolve_token(self.conv1d, self.d_conv, x, conv_state)
         dt, B, C, dt_bias = _coefficients(x, self.x_proj, self.dt_proj, self.d_state)
         A, D = _weights(x, self.A_log, self.D)
         return self.out_proj(selective_state_update(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True))
+
+    def _plain_weights(self) -> tuple[Tensor | None, ...] | None:
+        """What ``ops.mamba_token`` takes, if no submodule is more than its weight and bias; else None."""
+        modules, own = self._modules, self._parameters
+        in_proj, conv1d, x_proj, dt_proj, out_proj = (
+            modules[name] for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+        )
+        linear, is_plain = nn.Linear, block.is_plain
+        if not (
+            is_plain(in_proj, linear) and is_plain(x_proj, linear) and is_plain(dt_proj, linear)
+            and is_plain(out_proj, linear) and is_fused(conv1d, self.d_conv) and x_proj.bias is None
+        ):  # fmt: skip
+            return None
+        first, conv, step, last = in_proj._parameters, conv1d._parameters, dt_proj._parameters, out_proj._parameters
+        return (
+            first["weight"], first["bias"], conv["weight"], conv["bias"], x_proj.weight, step["weight"], step["bias"],
+            own["A_log"], own["D"], last["weight"], last["bias"],
+        )  # fmt: skip
 
 
 def scan(

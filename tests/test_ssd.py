@@ -325,6 +325,13 @@ def test_a_decode_step_continues_the_sequence(backend, device):
 
 
 @kernels
+@pytest.mark.parametrize("groups", [1, 2])
+def test_many_heads_of_few_chunks(backend, device, groups):
+    tensors = make(batch=1, seqlen=40, heads=26, groups=groups)
+    check(backend, tensors, device=device, dt_softplus=True)
+
+
+@kernels
 def test_deterministic_gradients_are_bitwise_repeatable(backend, device):
     tensors = make(seqlen=150, heads=6)
     first, second = (
@@ -408,8 +415,10 @@ def test_cpp_gradients_pass_gradcheck():
 
 
 @cpp_only
-def test_results_depend_on_no_number_of_threads(threads):
-    tensors = make(seqlen=300, heads=6, groups=2, headdim=32, gate=True)  # large enough to be shared out
+@pytest.mark.parametrize("shape", [(2, 300, 6, 2), (1, 150, 24, 1)], ids=["chunks", "heads"])
+def test_results_depend_on_no_number_of_threads(threads, shape):
+    batch, seqlen, heads, groups = shape
+    tensors = make(batch, seqlen, heads, 32, groups, gate=True)  # large enough to be shared out
     results = []
     for count in (1, 2, 5):
         threads(count)

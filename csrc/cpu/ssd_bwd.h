@@ -1,7 +1,7 @@
 // Backward pass of ssd on the CPU, in two passes over chunks. The first walks back in time, head by head, and
 // leaves the gradient of the state after every chunk (ssd_state_grads.h). The second takes chunks in any order:
 // all heads of a group in one chunk are one item, so every sum over heads stays inside an item, and results
-// depend on no number of threads.
+// depend on no number of threads. (Where chunks are few, the heads are taken in parts that the shape decides.)
 #pragma once
 
 #include "ssd_state_grads.h"
@@ -64,9 +64,12 @@ class ChunkGradients {
     dD_ = scratch_.take<T>(n.headdim_ld);
   }
 
-  void run(const Blocks& blocks, int64_t b, int64_t c, int64_t g) {
+  // Of the heads of a group, those of one part.
+  void run(const Blocks& blocks, int64_t b, int64_t c, int64_t g, int64_t part) {
     const int64_t heads = p_.heads / p_.groups, chunk = b * p_.n_chunks + c;
-    for (int64_t h = g * heads; h < (g + 1) * heads; ++h) workspace_.sums(p_, chunk, h).clear();
+    const int64_t first = g * heads + heads * part / workspace_.parts();
+    const int64_t last = g * heads + heads * (part + 1) / workspace_.parts();
+    for (int64_t h = first; h < last; ++h) workspace_.sums(p_, chunk, h).clear();
     for (int64_t k = blocks.first[chunk]; k < blocks.first[chunk + 1]; ++k) {
       const Block& block = blocks.list[k];
       const int64_t q = block.end - block.begin;
@@ -74,8 +77,8 @@ class ChunkGradients {
       std::fill_n(dCB_, q * n_.q_ld, T(0));
       std::fill_n(dB_, q * n_.dstate_ld, T(0));
       std::fill_n(dC_, q * n_.dstate_ld, T(0));
-      for (int64_t h = g * heads; h < (g + 1) * heads; ++h) head(block, b, c, h);
-      finish_group(block, b, g, q);
+      for (int64_t h = first; h < last; ++h) head(block, b, c, h);
+      finish_group(block, b, g, part, q);
     }
   }
 
@@ -266,7 +269,7 @@ class ChunkGradients {
     }
   }
 
-  void finish_group(const Block& block, int64_t b, int64_t g, int64_t q) {
+  void finish_group(const Block& block, int64_t b, int64_t g, int64_t part, int64_t q) {
     Product<T> product;
     product.rows = q;
     product.columns = product.c_ld = product.init_ld = n_.dstate_ld;
@@ -279,8 +282,15 @@ class ChunkGradients {
     product.band = Band::kUpper;
     multiply<T>(product);
     for (int64_t i = 0; i < q; ++i) {
-      store_row<T>(const_cast<S*>(at<S>(p_.dB, b, block.begin + i, g)), dB_ + i * n_.dstate_ld, p_.dstate);
-      store_row<T>(const_cast<S*>(at<S>(p_.dC, b, block.begin + i, g)), dC_ + i * n_.dstate_ld, p_.dstate);
+      const int64_t t = block.begin + i;
+      const T *dB = dB_ + i * n_.dstate_ld, *dC = dC_ + i * n_.dstate_ld;
+      if (workspace_.parts() > 1) {
+        std::copy_n(dB, p_.dstate, workspace_.part(p_, 0, part, b, t, g));
+        std::copy_n(dC, p_.dstate, workspace_.part(p_, 1, part, b, t, g));
+      } else {
+        store_row<T>(const_cast<S*>(at<S>(p_.dB, b, t, g)), dB, p_.dstate);
+        store_row<T>(const_cast<S*>(at<S>(p_.dC, b, t, g)), dC, p_.dstate);
+      }
     }
   }
 
@@ -313,6 +323,19 @@ void zero_gradients(const SsdBwdParams& p) {
   if (p.ddt_bias) std::fill_n(static_cast<T*>(p.ddt_bias), p.heads, T(0));
 }
 
+// dB and dC from their parts, added up in order.
+template <class T, class S>
+void add_parts(const SsdBwdParams& p, const Workspace<T>& workspace, int64_t b, int64_t t, int64_t g) {
+  for (int64_t which = 0; which < 2; ++which) {
+    T* total = workspace.part(p, which, 0, b, t, g);
+    for (int64_t part = 1; part < workspace.parts(); ++part) {
+      const T* one = workspace.part(p, which, part, b, t, g);
+      for (int64_t k = 0; k < p.dstate; ++k) total[k] += one[k];
+    }
+    store_row<T>(const_cast<S*>(at<S>(which ? p.dC : p.dB, b, t, g)), total, p.dstate);
+  }
+}
+
 template <class T, class S>
 void backward(const SsdBwdParams& p, const Threads& all_threads) {
   copy_empty<T>(p, p.dfinal_states, p.dinitial_states);
@@ -327,12 +350,21 @@ void backward(const SsdBwdParams& p, const Threads& all_threads) {
   prefer_large_pages(p.workspace, workspace.bytes());
   state_gradients<T, S>(p, n, blocks, workspace, threads);
   const bool states = p.initial_states || p.dfinal_states || p.n_chunks > 1;
-  parallel(threads, p.batch * p.n_chunks * p.groups, [&](int64_t begin, int64_t end) {
+  const int64_t parts = workspace.parts();
+  parallel(threads, p.batch * p.n_chunks * p.groups * parts, [&](int64_t begin, int64_t end) {
     ChunkGradients<T, S> item(p, n, workspace, states);
     for (int64_t k = begin; k < end; ++k) {
-      item.run(blocks, k / (p.groups * p.n_chunks), k / p.groups % p.n_chunks, k % p.groups);
+      const int64_t chunk = k / (p.groups * parts);
+      item.run(blocks, chunk / p.n_chunks, chunk % p.n_chunks, k / parts % p.groups, k % parts);
     }
   });
+  if (parts > 1) {
+    parallel(threads, p.batch * p.seqlen, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin * p.groups; k < end * p.groups; ++k) {
+        add_parts<T, S>(p, workspace, k / (p.seqlen * p.groups), k / p.groups % p.seqlen, k % p.groups);
+      }
+    });
+  }
   parallel(threads, p.heads, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) workspace.finish(p, h);
   });

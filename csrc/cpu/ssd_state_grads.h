@@ -23,18 +23,39 @@ struct Sums {
   void clear() const { std::fill(A, D + D_size, 0.0); }
 };
 
+// Parts that the heads of a group are taken in, where chunks alone are too few items to share out. A matter of
+// shape and not of threads: every number of threads adds up the same parts.
+inline int64_t head_parts(const SsdBwdParams& p) {
+  const int64_t items = p.batch * p.n_chunks * p.groups, enough = 8, fewest_heads = 6;
+  if (items == 0) return 1;
+  return std::max<int64_t>(1, std::min(p.heads / p.groups / fewest_heads, (enough + items - 1) / items));
+}
+
 template <class T>
 class Workspace {
  public:
   explicit Workspace(const SsdBwdParams& p)
-      : D_size_(!p.D          ? 0
+      : parts_(head_parts(p)),
+        coefficients_(parts_ > 1 ? p.batch * p.seqlen * p.groups * p.dstate : 0),
+        D_size_(!p.D          ? 0
                 : p.D_has_dim ? p.headdim
                               : 1),
         sums_(p.batch * p.n_chunks * p.heads * (2 + D_size_)),
         states_(p.n_chunks > 1 ? p.batch * p.n_chunks * p.heads * p.headdim * padded<T>(p.dstate) : 0),
         memory_(static_cast<char*>(p.workspace)) {}
 
-  int64_t bytes() const { return Scratch::bytes_of<T>(states_) + Scratch::bytes_of<double>(sums_); }
+  int64_t bytes() const {
+    return Scratch::bytes_of<T>(states_) + Scratch::bytes_of<double>(sums_) +
+           Scratch::bytes_of<T>(2 * parts_ * coefficients_);
+  }
+  int64_t parts() const { return parts_; }
+
+  // dB (which = 0) or dC (1) of one part at one position, (dstate) of acc; only where there are several parts.
+  T* part(const SsdBwdParams& p, int64_t which, int64_t part, int64_t b, int64_t t, int64_t g) const {
+    char* all = memory_ + Scratch::bytes_of<T>(states_) + Scratch::bytes_of<double>(sums_);
+    return reinterpret_cast<T*>(all) + (which * parts_ + part) * coefficients_ +
+           ((b * p.seqlen + t) * p.groups + g) * p.dstate;
+  }
 
   // The gradient of the state after chunk c, (headdim, padded dstate): for the next chunk's first block to write.
   T* after(const SsdBwdParams& p, int64_t b, int64_t c, int64_t h) const {
@@ -67,7 +88,7 @@ class Workspace {
   }
 
  private:
-  int64_t D_size_, sums_, states_;
+  int64_t parts_, coefficients_, D_size_, sums_, states_;
   char* memory_;
 };
 

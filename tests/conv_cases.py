@@ -45,6 +45,20 @@ def ids(batch, seqlen, seed=0, mean=9, padding=0.1):
     return torch.where(torch.gather(kept, 1, numbers.long()), numbers, -1)
 
 
+def recurring_ids(batch, seqlen, seed=0, padding=True, run=7):
+    """Ids of sequences that follow one another, some of them padding, some coming back later."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.empty(batch, seqlen, dtype=torch.int32)
+    for b in range(batch):
+        at = 0
+        while at < seqlen:
+            length = int(torch.randint(1, run + 1, (), generator=g))
+            low = -1 if padding else 0
+            ids[b, at : at + length] = int(torch.randint(low, 4, (), generator=g))
+            at += length
+    return ids
+
+
 def cast(name, tensor, dtype):
     return tensor.to(dtype if name in SEQUENCES else torch.promote_types(dtype, torch.float32))
 
@@ -97,3 +111,42 @@ def check(backend, tensors, dtype=torch.float32, device="cpu", **options):
     kernel = run(backend, tensors, dtype, device=device, **options)
     assert kernel["y"].dtype == kernel["final_states"].dtype == dtype
     compare(kernel, exact, eager)
+
+
+def make_update(
+    batch=3, dim=10, seqlen=1, width=4, size=None, rows=None, dtype=torch.float32, state_dtype=None, seed=0
+):  # fmt: skip
+    """Arguments of causal_conv1d_update in their dtypes; seqlen 0: one token without an axis for it."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape, of=dtype):
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(of)
+
+    return {
+        "x": rand(batch, dim, seqlen) if seqlen else rand(batch, dim),
+        "conv_state": rand(rows or batch, dim, size or width - 1, of=state_dtype or dtype),
+        "weight": rand(dim, width, of=torch.float32),
+        "bias": rand(dim, of=torch.float32),
+    }
+
+
+def run_update(backend, tensors, device="cpu", **options):
+    """The output and the state in place. Strides of conv_state survive."""
+    args = {name: x.to(device) for name, x in tensors.items() if x is not None}
+    args["conv_state"] = args["conv_state"].clone(memory_format=torch.preserve_format)
+    with trifuse.backend(backend):
+        y = trifuse.causal_conv1d_update(
+            **args, **{k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
+        )
+    return {"y": y.cpu(), "conv_state": args["conv_state"].cpu()}
+
+
+def check_update(update, tensors, **options):
+    """Assert the rule for `update(tensors, **options)`, which returns what run_update does."""
+    wide = {name: None if x is None else x.double() for name, x in tensors.items()}
+    exact = run_update("reference", wide, **options)
+    eager = run_update("reference", tensors, **options)
+    found = update(tensors, **options)
+    for name, value in found.items():
+        assert value.dtype == eager[name].dtype, name
+    compare(found, exact, {name: error(eager[name], exact[name]) for name in exact})

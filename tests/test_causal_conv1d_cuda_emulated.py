@@ -8,10 +8,10 @@ the end.
 
 import functools
 
-import causal_conv1d_cases as cases
+import conv_cases as cases
 import pytest
 import torch
-from causal_conv1d_cases import cast, eager_errors, make, make_ids, output_gradients, run
+from conv_cases import cast, eager_errors, output_gradients, recurring_ids, run
 from emulated_cuda import load
 from test_offsets import BIG, reserved, spread  # noqa: F401 (a fixture)
 from tolerance import compare
@@ -24,6 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = range(2, 9)
 PACKED = torch.tensor([0, 5, 5, 18, 51, 64, 65, 100, 100])
 ops = torch.ops.trifuse_emulated
+make = functools.partial(cases.make, dim=10)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -35,7 +36,7 @@ def wide_device():
 
 
 def run_emulated(tensors, dtype, final=True, **options):
-    """What cases.run returns, by the emulated kernels."""
+    """What conv_cases.run returns, by the emulated kernels; without `final`, no final states."""
     args = {name: None if tensor is None else cast(name, tensor, dtype) for name, tensor in tensors.items()}
     call = prepare(**args, **options)
 
@@ -43,8 +44,8 @@ def run_emulated(tensors, dtype, final=True, **options):
         return sequence.transpose(1, 2) if call.bld else sequence
 
     y, states = ops.causal_conv1d_fwd(*call, final)
-    dy, dstates = output_gradients(public(y), states if final else None)
-    dx, dweight, dbias, dinitial = ops.causal_conv1d_bwd(public(dy), dstates, *call)
+    dy, dstates = output_gradients(public(y), states)
+    dx, dweight, dbias, dinitial = ops.causal_conv1d_bwd(public(dy), dstates if final else None, *call)
     found = {"y": public(y), "dx": public(dx), "dweight": dweight}
     if final:
         found["final_states"] = states
@@ -71,12 +72,14 @@ def in_both_orders(function):
     return found
 
 
-def check(tensors, dtype=torch.float32, **options):
-    exact = run("reference", tensors, torch.float64, **options)
-    found = in_both_orders(lambda: run_emulated(tensors, dtype, **options))
-    for name, value in run("reference", tensors, dtype, **options).items():
-        assert found[name].dtype == value.dtype, name
-    compare(found, exact, eager_errors(tensors, dtype, **options))
+def check(tensors, dtype=torch.float32, final=True, **options):
+    found = in_both_orders(lambda: run_emulated(tensors, dtype, final=final, **options))
+    options["final_grad"] = final
+    eager = run("reference", tensors, dtype, **options)
+    assert found.keys() == eager.keys() - ({"final_states"} if not final else set())
+    for name, value in found.items():
+        assert value.dtype == eager[name].dtype, name
+    compare(found, run("reference", tensors, torch.float64, **options), eager_errors(tensors, dtype, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,7 +88,7 @@ def check(tensors, dtype=torch.float32, **options):
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_all_options_at_once(with_ids, cu_seqlens, layout, dtype):
     tensors = make(seqlen=100, layout=layout, dtype=dtype, cu_seqlens=cu_seqlens)
-    ids = make_ids(1 if cu_seqlens is not None else 2, 100) if with_ids else None
+    ids = recurring_ids(1 if cu_seqlens is not None else 2, 100) if with_ids else None
     check(tensors, dtype, layout=layout, cu_seqlens=cu_seqlens, seq_idx=ids, activation="silu")
 
 
@@ -102,7 +105,7 @@ def test_widths(width, dtype, layout):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_with_boundaries(width, layout):
     tensors = make(width=width, dim=3, seqlen=140, layout=layout)
-    check(tensors, layout=layout, seq_idx=make_ids(2, 140), activation="silu")
+    check(tensors, layout=layout, seq_idx=recurring_ids(2, 140), activation="silu")
 
 
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
@@ -142,7 +145,7 @@ def test_boundaries_at_the_cuts_of_time(wide_device, layout):
     cu_seqlens = torch.tensor(cuts)
     tensors = make(seqlen=seqlen, dim=3, layout=layout, cu_seqlens=cu_seqlens)
     check(tensors, layout=layout, cu_seqlens=cu_seqlens, activation="silu")
-    check(tensors, layout=layout, cu_seqlens=cu_seqlens, seq_idx=make_ids(1, seqlen, run=40), activation="silu")
+    check(tensors, layout=layout, cu_seqlens=cu_seqlens, seq_idx=recurring_ids(1, seqlen, run=40), activation="silu")
 
 
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
@@ -192,7 +195,7 @@ def test_expanded_inputs(axis):
 def test_a_view_of_the_other_layout(dtype, layout):
     tensors = make(dim=70, seqlen=40, dtype=dtype, layout=layout)
     tensors["x"] = tensors["x"].transpose(1, 2).contiguous().transpose(1, 2)
-    check(tensors, dtype, layout=layout, activation="silu", seq_idx=make_ids(2, 40))
+    check(tensors, dtype, layout=layout, activation="silu", seq_idx=recurring_ids(2, 40))
 
 
 @pytest.mark.parametrize("layout", ["bdl", "bld"])

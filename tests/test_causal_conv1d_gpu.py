@@ -2,10 +2,10 @@
 
 import functools
 
-import causal_conv1d_cases as cases
+import conv_cases as cases
 import pytest
 import torch
-from causal_conv1d_cases import make, make_ids, run
+from conv_cases import make, recurring_ids, run
 
 import trifuse
 
@@ -23,7 +23,7 @@ check = functools.partial(cases.check, device="cuda")
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_all_options_at_once(with_ids, cu_seqlens, layout, dtype, backend):
     tensors = make(seqlen=1000, dim=700, layout=layout, dtype=dtype, cu_seqlens=cu_seqlens)
-    ids = make_ids(1 if cu_seqlens is not None else 2, 1000, run=90) if with_ids else None
+    ids = recurring_ids(1 if cu_seqlens is not None else 2, 1000, run=90) if with_ids else None
     check(backend, tensors, dtype, layout=layout, cu_seqlens=cu_seqlens, seq_idx=ids, activation="silu")
 
 

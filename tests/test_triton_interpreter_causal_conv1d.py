@@ -6,10 +6,10 @@ See test_triton_interpreter.py: a process of its own with TRITON_INTERPRET=1, fl
 import functools
 import os
 
-import causal_conv1d_cases as cases
+import conv_cases as cases
 import pytest
 import torch
-from causal_conv1d_cases import make, make_ids, run
+from conv_cases import recurring_ids, run
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs only with TRITON_INTERPRET=1 in the environment of its own process", allow_module_level=True)
@@ -19,7 +19,7 @@ import trifuse
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 check = functools.partial(cases.check, "triton")
-make = functools.partial(make, dim=3, seqlen=12, batch=1)
+make = functools.partial(cases.make, dim=3, seqlen=12, batch=1)
 PACKED = torch.tensor([0, 2, 2, 8, 9, 12, 12])
 
 
@@ -36,20 +36,24 @@ def small_tiles(monkeypatch):
 def test_all_options_at_once(with_ids, cu_seqlens, layout):
     dtype = torch.float16 if layout == "bld" else torch.float32
     tensors = make(layout=layout, dtype=dtype, cu_seqlens=cu_seqlens)
-    ids = make_ids(1, 12, run=4) if with_ids else None
+    ids = recurring_ids(1, 12, run=4) if with_ids else None
     check(tensors, dtype, layout=layout, cu_seqlens=cu_seqlens, seq_idx=ids, activation="silu")
 
 
 @pytest.mark.parametrize("width", range(2, 9))
 def test_widths(width):
-    ids = make_ids(1, 12, run=5) if width % 2 else None
+    ids = recurring_ids(1, 12, run=5) if width % 2 else None
     check(make(width=width, dim=1), seq_idx=ids, activation="silu" if width < 7 else None)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"initial": False}, {"bias": False, "initial": False}])
 def test_optional_arguments_may_be_absent(options):
-    check(make(**options))
-    check(make(**options), final=False, activation="silu")
+    tensors = make(**options)
+    check(tensors, final_grad=False)
+    args = {name: x.float() for name, x in tensors.items() if x is not None}
+    with trifuse.backend("triton"):
+        y, _ = trifuse.causal_conv1d(**args, return_final_states=True)
+        assert torch.equal(trifuse.causal_conv1d(**args), y)
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 3, 8, 9, 17])

@@ -8,6 +8,7 @@ that nothing between dy and dx is stored.
 import torch
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.causal_conv1d_tile import (
     convolved,

@@ -5,6 +5,7 @@ A tile is (channels, positions). Tap k of position q reads x[q - k] and meets we
 
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels.common import load_tile, sigmoid
 
 __all__ = ["convolved", "last_run", "places", "silu", "silu_slope", "tap", "tap_counts"]

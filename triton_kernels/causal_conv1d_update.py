@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.common import sigmoid, wide
 

@@ -157,6 +157,7 @@ def test_transformers_runs_on_trifuse_when_install_comes_first() -> None:
         from trifuse import integrations
         integrations.install()
         import torch, transformers_cases as cases
+        torch.set_num_threads(1)
         batch = cases.batch()
         for case in ("mamba", "mamba2", "jamba", "bamba"):
             model = cases.model(case)

@@ -248,6 +248,18 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.parametrize("case", ["mamba", "mamba2"])
+def test_a_model_compiles_to_one_graph_and_exports(case: str) -> None:
+    model, ids = cases.model(case), cases.batch(lengths=(9, 9)).input_ids
+    with installed(), torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
+        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False).module()
+        torch.testing.assert_close(compiled, logits)
+        torch.testing.assert_close(exported(input_ids=ids, use_cache=False).logits, logits)
+    torch._dynamo.reset()
+
+
 def test_beams_are_reordered_with_their_states() -> None:
     model, batch = cases.model("mamba2"), cases.batch(lengths=(9, 9))
     beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trifuse.nn import generation
+
 __all__ = ["GenerationMixin", "GenerationOutput", "InferenceParams", "decode", "sample"]
 
 
@@ -53,17 +55,10 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
     if not 0.0 <= top_p <= 1.0:
         raise ValueError(f"sample: top_p is {top_p}; it must be in [0, 1]")
     logits = logits.float() / temperature
-    if top_k > 0:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
     if 0.0 < min_p < 1.0:
         probability = logits.softmax(dim=-1)
         logits = logits.masked_fill(probability < min_p * probability.amax(dim=-1, keepdim=True), -torch.inf)
-    if 0.0 < top_p < 1.0:
-        probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = probability.cumsum(dim=-1) - probability >= top_p  # what is likelier is enough
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)
+    return generation.sample(logits, top_k=top_k or None, top_p=top_p if 0.0 < top_p < 1.0 else None)
 
 
 @torch.inference_mode()

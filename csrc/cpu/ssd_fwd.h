@@ -62,7 +62,7 @@ struct GroupBlock {
     product.columns = padded<T>(q);
     product.c = CB;
     product.c_ld = n.q_ld;
-    product.second = {C, n.dstate_ld, 1, Bt, n.q_ld, n.dstate};
+    product.first = {C, n.dstate_ld, 1, Bt, n.q_ld, n.dstate};
     multiply<T>(product, true);
   }
 };

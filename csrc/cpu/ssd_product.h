@@ -42,6 +42,7 @@ struct Product {
 };
 
 constexpr int kTileRows = 6;
+constexpr int64_t kPiece = 128;  // terms that are summed one by one
 constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
 
 template <class T, int kRows, int kVectors>
@@ -136,9 +137,8 @@ void multiply_columns(const Product<T>& p, int64_t row, int64_t column) {
   if (row < p.rows) multiply_tile<T, 1, kVectors>(p, row, column);
 }
 
-// With `triangle` only c at and left of the diagonal is made (a little beyond it too).
 template <class T>
-void multiply(const Product<T>& p, bool triangle = false) {
+void multiply_once(const Product<T>& p, bool triangle) {
   constexpr int lanes = kLanes<T>;
   int64_t column = 0;
   const auto first_row = [&] { return triangle ? column : 0; };
@@ -149,6 +149,24 @@ void multiply(const Product<T>& p, bool triangle = false) {
     if (column + 2 * lanes <= p.columns) multiply_columns<T, 2>(p, first_row(), column), column += 2 * lanes;
   }
   if (column + lanes <= p.columns) multiply_columns<T, 1>(p, first_row(), column);
+}
+
+// With `triangle` only c at and left of the diagonal is made (a little beyond it too). A long first product is
+// summed in pieces: the error of one sum grows with its length, and states may have a thousand numbers.
+template <class T>
+void multiply(Product<T> p, bool triangle = false) {
+  for (Factors<T>& f = p.first; f.depth > kPiece; f.depth -= kPiece) {
+    Product<T> piece = p;
+    piece.first.depth = kPiece;
+    piece.second.depth = 0;
+    multiply_once(piece, triangle);
+    f.a += kPiece * f.k_stride;
+    f.b += kPiece * f.ld;
+    p.init = p.c;
+    p.init_ld = p.c_ld;
+    p.scale = T(1);
+  }
+  multiply_once(p, triangle);
 }
 
 }  // namespace ssd

@@ -148,6 +148,13 @@ def test_boundaries_at_the_cuts_of_time(wide_device, layout):
     check(tensors, layout=layout, cu_seqlens=cu_seqlens, seq_idx=recurring_ids(1, seqlen, run=40), activation="silu")
 
 
+@pytest.mark.parametrize("first", [256, 257, 258, 259, 384, 385])
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_boundary_just_after_a_tile_without_one(wide_device, width, first):
+    tensors = make(seqlen=600, dim=2, width=width, batch=1)
+    check(tensors, seq_idx=(torch.arange(600) >= first)[None].int(), activation="silu")
+
+
 @pytest.mark.parametrize("layout", ["bdl", "bld"])
 def test_final_gradients_at_the_cuts_of_time(wide_device, layout):
     for seqlen in (257, 258, 260) if layout == "bdl" else (65, 66, 68):

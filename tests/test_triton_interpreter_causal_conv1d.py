@@ -4,6 +4,7 @@ See test_triton_interpreter.py: a process of its own with TRITON_INTERPRET=1, fl
 """
 
 import functools
+import mmap
 import os
 
 import conv_cases as cases
@@ -144,6 +145,39 @@ def test_update_picks_rows_and_leaves_padding_alone():
     indices = torch.tensor([5, -1, 0, -1])
     check_update(tensors, conv_state_indices=indices)
     check_update(tensors, conv_state_indices=indices.int(), cache_seqlens=torch.tensor([9, 1, 2, 0], dtype=torch.int32))
+
+
+@pytest.fixture(scope="module")
+def reserved():
+    """2^34 numbers of address space, of which only what is touched comes to exist."""
+    try:
+        mapping = mmap.mmap(-1, 2**36, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    except OSError as error:
+        pytest.skip(f"this machine does not reserve 64 GiB of address space: {error}")
+    return torch.frombuffer(mapping, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2])
+def test_inputs_are_read_beyond_two_to_the_31(reserved, far):
+    tensors = {name: x.float() for name, x in make(batch=2, dim=2, seqlen=5).items()}
+    strides = [100, 10, 1]
+    strides[far] = 2**31 + 64
+    distant = reserved.as_strided(tensors["x"].shape, strides)
+    distant.copy_(tensors["x"])
+    near, result = (run("triton", tensors | {"x": x}, torch.float32) for x in (tensors["x"], distant))
+    for name, value in near.items():
+        assert torch.equal(value, result[name]), name
+
+
+def test_state_is_changed_beyond_two_to_the_31(reserved):
+    tensors = cases.make_update(size=4, dim=3)
+    state = reserved.as_strided((3, 3, 4), (2**31 + 64, 16, 2**31 + 7), 3)
+    state.copy_(tensors["conv_state"])
+    near = cases.run_update("triton", tensors)
+    with trifuse.backend("triton"):
+        y = trifuse.causal_conv1d_update(**(tensors | {"conv_state": state}))
+    assert torch.equal(y, near["y"])
+    assert torch.equal(state, near["conv_state"])
 
 
 def test_float64_is_refused_in_a_sentence():

@@ -480,5 +480,5 @@ def test_what_is_not_plain_goes_the_long_way(monkeypatch):
 @torch.no_grad()
 def test_opcheck_of_the_one_call():
     layer = make(dtype=torch.float32).requires_grad_(False)
-    tensors = (torch.randn(2, 16), *layer.allocate_inference_cache(2), *layer._plain_weights())
+    tensors = (torch.randn(2, 1, 16), *layer.allocate_inference_cache(2), *layer._plain_weights())
     torch.library.opcheck(torch.ops.trifuse.mamba_token.default, tensors)

@@ -47,6 +47,7 @@ void update_channels(const StateUpdateParams& p, int64_t b, int64_t h, int64_t f
       StateS* state = static_cast<StateS*>(p.state) + row * p.state_row + h * p.state_head + (first + i) * p.state_dim +
                       n * p.state_state;
       Vec<T> rate = load_strided<T>(A, p.A_state, width);
+      if (p.A_is_log) rate = -exp_bounded<T>(at_most<T>(rate, sizeof(T) == 4 ? T(85.9) : T(700)));
       rate = at_most<T>(at_least<T>(rate, -kFactorLimit<T>), kFactorLimit<T>);
       const Vec<T> decay = exp2_product<T>(splat(T(rate_dt[i])), rate);
       const Vec<T> s = decay * load_strided<T>(state, p.state_state, width) + splat(T(dtx[i])) * vB;

@@ -87,6 +87,7 @@ struct StateUpdateParams {
   int64_t z_batch = 0, z_head = 0, z_dim = 0;
   const void* A = nullptr;  // (heads, headdim, dstate) acc
   int64_t A_head = 0, A_dim = 0, A_state = 0;
+  bool A_is_log = false;    // A is given as log(-A); on the CPU only
   const void* B = nullptr;  // (batch, groups, dstate)
   int64_t B_batch = 0, B_group = 0, B_state = 0;
   const void* C = nullptr;  // (batch, groups, dstate)

@@ -130,6 +130,9 @@ class Mamba(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what it was and what it must be.
         """
+        out = self._plain_token(hidden_states, conv_state, ssm_state)
+        if out is not None:
+            return out, conv_state, ssm_state
         block.check_input("Mamba", hidden_states, self.d_model, self.A_log.device)
         if hidden_states.shape[1] != 1:
             raise ValueError(
@@ -176,7 +179,8 @@ class Mamba(nn.Module):
     ) -> Tensor:
         one = hidden_states.shape[1] == 1 and conv_state is not None and cu_seqlens is None
         if one and not torch.is_grad_enabled():
-            return self._token(hidden_states.squeeze(1), conv_state, ssm_state).unsqueeze(1)
+            out = self._plain_token(hidden_states, conv_state, ssm_state)
+            return self._token(hidden_states.squeeze(1), conv_state, ssm_state).unsqueeze(1) if out is None else out
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = convolve(self.conv1d, self.d_conv, x, conv_state, cu_seqlens=cu_seqlens)
         return self.out_proj(
@@ -185,32 +189,38 @@ class Mamba(nn.Module):
 
     def _token(self, token: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """One token ``(B, d_model)`` of each text, where no gradient is asked for."""
-        weights = self._plain_weights()
-        out = None if weights is None else mamba_token(token, conv_state, ssm_state, *weights)
-        if out is not None:
-            return out
         x, z = self.in_proj(token).chunk(2, dim=-1)
         x = convolve_token(self.conv1d, self.d_conv, x, conv_state)
         dt, B, C, dt_bias = _coefficients(x, self.x_proj, self.dt_proj, self.d_state)
         A, D = _weights(x, self.A_log, self.D)
         return self.out_proj(selective_state_update(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True))
 
+    def _plain_token(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor | None:
+        """One token ``(B, 1, d_model)`` of each text in one call, or None where it takes the long way."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        weights = self._plain_weights()
+        return None if weights is None else mamba_token(hidden_states, conv_state, ssm_state, *weights)
+
     def _plain_weights(self) -> tuple[Tensor | None, ...] | None:
         """What ``ops.mamba_token`` takes, if no submodule is more than its weight and bias; else None."""
-        modules, own = self._modules, self._parameters
-        in_proj, conv1d, x_proj, dt_proj, out_proj = (
-            modules[name] for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
-        )
-        linear, is_plain = nn.Linear, block.is_plain
+        modules, linear, is_plain = self._modules, nn.Linear, block.is_plain
+        in_proj, x_proj, dt_proj, out_proj = (
+            modules["in_proj"], modules["x_proj"], modules["dt_proj"], modules["out_proj"],
+        )  # fmt: skip
+        conv1d = modules["conv1d"]
         if not (
             is_plain(in_proj, linear) and is_plain(x_proj, linear) and is_plain(dt_proj, linear)
-            and is_plain(out_proj, linear) and is_fused(conv1d, self.d_conv) and x_proj.bias is None
+            and is_plain(out_proj, linear) and is_fused(conv1d, self.d_conv)
         ):  # fmt: skip
             return None
-        first, conv, step, last = in_proj._parameters, conv1d._parameters, dt_proj._parameters, out_proj._parameters
+        first, conv, second = in_proj._parameters, conv1d._parameters, x_proj._parameters
+        step, last, own = dt_proj._parameters, out_proj._parameters, self._parameters
+        if second["bias"] is not None or own.get("A_log") is None or own.get("D") is None:
+            return None
         return (
-            first["weight"], first["bias"], conv["weight"], conv["bias"], x_proj.weight, step["weight"], step["bias"],
-            own["A_log"], own["D"], last["weight"], last["bias"],
+            first["weight"], first["bias"], conv["weight"], conv["bias"], second["weight"], step["weight"],
+            step["bias"], own["A_log"], own["D"], last["weight"], last["bias"],
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ _SCHEMA = (
 
 def _fake(token, conv_state, ssm_state, in_weight, in_bias, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log,
           D, out_weight, out_bias) -> Tensor:  # fmt: skip
-    return token.new_empty((token.shape[0], out_weight.shape[0]))
+    return token.new_empty((token.shape[0], 1, out_weight.shape[0]))
 
 
 LIB.define("mamba_token" + _SCHEMA)

@@ -17,7 +17,7 @@ namespace {
 // The cuts depend on the shape alone, so a result does not depend on the number of threads.
 constexpr int64_t kFewRows = 32, kWantedLanes = 64, kLeastPiece = 512;
 constexpr int64_t kMaxBlock = 32;    // groups that a task takes through time together
-constexpr int kStepsSideBySide = 4;  // rows of memory that are read at a time where channels are neighbours
+constexpr int kStepsSideBySide = 8;  // rows of memory that are read at a time where channels are neighbours
 constexpr int64_t kPrefetchAhead = 64;
 
 // Lanes of one length: all channels of one sequence, or the pieces of all rows.

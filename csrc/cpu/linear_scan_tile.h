@@ -116,6 +116,12 @@ struct Operand {
   bool neighbours() const { return side_by_side && first == 0; }
   TRIFUSE_INLINE S* at(int lane, int64_t t) const { return base + kSize * (offset[lane] + t * time); }
 
+  TRIFUSE_INLINE void prefetch(int64_t t) const {
+    const char* p = reinterpret_cast<const char*>(at(0, t));
+    for (size_t i = 0; i < sizeof(S) * kSize * kLanes<E>; i += 64)
+      __builtin_prefetch(p + i, 0, 2);  // rows 4096 bytes apart share a set of the first cache
+  }
+
   // rows [row, row + n) of the tile = times t, t + 1, ... of every lane.
   TRIFUSE_INLINE void load(Tile<E, kComplex>& tile, int64_t t, int n, int row, int64_t ahead) const {
     if (n > kTileSteps - row) __builtin_unreachable();  // else GCC warns of rows past the end

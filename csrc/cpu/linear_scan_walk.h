@@ -6,6 +6,8 @@
 namespace trifuse::cpu {
 namespace {
 
+constexpr int64_t kRowsAhead = 16;
+
 // A number of every lane.
 template <class E, bool kComplex>
 struct Number {
@@ -119,6 +121,9 @@ TRIFUSE_INLINE void each_row(int n, const Body& body) {
   }
 }
 
+// How far ahead rows of memory are fetched, where a walk through time takes long strides through it.
+TRIFUSE_INLINE int64_t near(int64_t ahead) { return ahead < 0 ? -kRowsAhead : kRowsAhead; }
+
 // What a walk computes: everything, or only how the state at its end depends on the one at its begin,
 // end = product * begin + state.
 enum class Pass { kAll, kCompose };
@@ -137,7 +142,7 @@ struct ForwardGroup {
 
   template <bool kDown, Pass kPass>
   TRIFUSE_INLINE void tile(int64_t t, int n, int64_t, const Number<E, kB>&, int64_t ahead) {
-    if (a.neighbours() && b.neighbours() && h.neighbours()) return rows<kDown, kPass>(t, n);
+    if (a.neighbours() && b.neighbours() && h.neighbours()) return rows<kDown, kPass>(t, n, near(ahead));
     Tile<E, kA> factors;
     Tile<E, kB> terms;
     a.load(factors, t, n, 0, ahead);
@@ -160,10 +165,12 @@ struct ForwardGroup {
 
   // The same where channels are neighbours in memory.
   template <bool kDown, Pass kPass>
-  TRIFUSE_INLINE void rows(int64_t t, int n) {
+  TRIFUSE_INLINE void rows(int64_t t, int n, int64_t ahead) {
     Number<E, kB> x = state;
     Number<E, kA> y = product;
     each_row<kDown>(n, [&](int s) {
+      a.prefetch(t + s + ahead);
+      b.prefetch(t + s + ahead);
       const Number<E, kA> factor = read<E, kA>(a.at(0, t + s));
       x = add(times<false, E>(factor, x), read<E, kB>(b.at(0, t + s)));
       if constexpr (kPass == Pass::kAll) {
@@ -213,7 +220,7 @@ struct AdjointGroup {
   template <bool kDown, Pass kPass>
   TRIFUSE_INLINE void tile(int64_t t, int n, int64_t length, const Number<E, kB>& first, int64_t ahead) {
     if (a.neighbours() && h.neighbours() && dh.neighbours() && da.neighbours() && db.neighbours()) {
-      return rows<kDown, kPass>(t, n, lanes.inner[0] ? -1 : kDown ? 0 : length - 1, first);
+      return rows<kDown, kPass>(t, n, lanes.inner[0] ? -1 : kDown ? 0 : length - 1, first, near(ahead));
     }
     Tile<E, kA> factors;
     Tile<E, kB> grads, before;
@@ -243,10 +250,13 @@ struct AdjointGroup {
 
   // The same where channels are neighbours in memory; `edge` is the step that starts from `first`.
   template <bool kDown, Pass kPass>
-  TRIFUSE_INLINE void rows(int64_t t, int n, int64_t edge, const Number<E, kB>& first) {
+  TRIFUSE_INLINE void rows(int64_t t, int n, int64_t edge, const Number<E, kB>& first, int64_t ahead) {
     Number<E, kB> c = state;
     Number<E, kA> y = product;
     each_row<kDown>(n, [&](int s) {
+      a.prefetch(t + s + ahead);
+      dh.prefetch(t + s + ahead);
+      if constexpr (kPass == Pass::kAll) h.prefetch(t + s + ahead);
       const Number<E, kA> factor = read<E, kA>(a.at(0, t + s));
       const Number<E, kB> g = add(c, read<E, kB>(dh.at(0, t + s)));
       c = times<true, E>(factor, g);

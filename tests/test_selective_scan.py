@@ -460,3 +460,17 @@ def test_a_plain_token_takes_a_shorter_way_to_the_same_numbers(sizes, bare):
         long, token[0], token[1], weights[0], token[3], token[4], weights[1], token[2], weights[2], True
     )
     assert torch.equal(out, expected.squeeze(1)) and torch.equal(short, long.squeeze(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("headdim, dstate", [(64, 128), (5, 7), (17, 16)])
+def test_a_rate_per_head_gives_the_numbers_of_the_same_rate_written_out(headdim, dstate, dtype):
+    torch.manual_seed(0)
+    x, dt = torch.randn(2, 4, headdim).to(dtype), torch.randn(2, 4, 1).to(dtype).expand(2, 4, headdim)
+    B, C = torch.randn(2, 2, 2, dstate).to(dtype)
+    A = -torch.rand(4, dtype=torch.promote_types(dtype, torch.float32))[:, None, None].expand(4, headdim, dstate)
+    state = torch.randn(2, 4, headdim, dstate).to(dtype)
+    short, long = state.clone(), state.clone()
+    out = trifuse.selective_state_update(short, x, dt, A, B, C, dt_softplus=True)
+    expected = trifuse.selective_state_update(long, x, dt, A.contiguous(), B, C, dt_softplus=True)
+    assert torch.equal(out, expected) and torch.equal(short, long)

@@ -37,19 +37,30 @@ void update_channels(const StateUpdateParams& p, int64_t b, int64_t h, int64_t f
   const int64_t group = h / (p.heads / p.groups);
   const S* B = static_cast<const S*>(p.B) + b * p.B_batch + group * p.B_group;
   const S* C = static_cast<const S*>(p.C) + b * p.C_batch + group * p.C_group;
+  // One rate for all states of a channel, as in Mamba-2: then one decay too.
+  const bool one_rate = p.A_state == 0 && !p.A_is_log;
+  Vec<T> decays = splat(T(1));
+  if (one_rate) {
+    const T* A = static_cast<const T*>(p.A) + h * p.A_head + first * p.A_dim;
+    const Vec<T> rates = load_strided<T>(A, p.A_dim, count);
+    decays = exp2_product<T>(rate_dt, at_most<T>(at_least<T>(rates, -kFactorLimit<T>), kFactorLimit<T>));
+  }
   Vec<T> y = splat(T(0));
   for (int64_t n = 0; n < p.dstate; n += lanes) {
     const int64_t width = least(lanes, p.dstate - n);
     const Vec<T> vB = load_strided<T>(B + n * p.B_state, p.B_state, width);
     const Vec<T> vC = load_strided<T>(C + n * p.C_state, p.C_state, width);
     for (int64_t i = 0; i < count; ++i) {
-      const T* A = static_cast<const T*>(p.A) + h * p.A_head + (first + i) * p.A_dim + n * p.A_state;
       StateS* state = static_cast<StateS*>(p.state) + row * p.state_row + h * p.state_head + (first + i) * p.state_dim +
                       n * p.state_state;
-      Vec<T> rate = load_strided<T>(A, p.A_state, width);
-      if (p.A_is_log) rate = -exp_bounded<T>(at_most<T>(rate, sizeof(T) == 4 ? T(85.9) : T(700)));
-      rate = at_most<T>(at_least<T>(rate, -kFactorLimit<T>), kFactorLimit<T>);
-      const Vec<T> decay = exp2_product<T>(splat(T(rate_dt[i])), rate);
+      Vec<T> decay = splat(T(decays[i]));
+      if (!one_rate) {
+        const T* A = static_cast<const T*>(p.A) + h * p.A_head + (first + i) * p.A_dim + n * p.A_state;
+        Vec<T> rate = load_strided<T>(A, p.A_state, width);
+        if (p.A_is_log) rate = -exp_bounded<T>(at_most<T>(rate, sizeof(T) == 4 ? T(85.9) : T(700)));
+        rate = at_most<T>(at_least<T>(rate, -kFactorLimit<T>), kFactorLimit<T>);
+        decay = exp2_product<T>(splat(T(rate_dt[i])), rate);
+      }
       const Vec<T> s = decay * load_strided<T>(state, p.state_state, width) + splat(T(dtx[i])) * vB;
       if (p.state_state == 1 && width == lanes) {
         store_as<T, StateS>(state, s);

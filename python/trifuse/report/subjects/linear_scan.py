@@ -45,7 +45,7 @@ class LinearScan(OpSubject):
     def quick(self) -> tuple[Workload, ...]:
         real = Workload(
             "linear-real", "a layer of minGRU or RG-LRU, 4096 steps", self.op, sizes(B=1, D=1024, L=4096),
-            dtypes=("float32", "bfloat16"), layouts=("bld", "bdl"), rivals=_RIVALS, rank=1,
+            dtypes=("float32", "bfloat16"), layouts=("bld", "bdl"), rivals=_RIVALS, rank=0,
         )  # fmt: skip
         turning = replace(
             real, name="linear-complex", title="a layer of LRU, complex, 4096 steps", dtypes=("complex64",),

@@ -41,7 +41,7 @@ class MambaStep(Subject):
                             directions=(FWD,), rivals=((FWD, ("reference",)),), rank=rank)  # fmt: skip
 
         return (
-            work("step-130m", "one token through a block of Mamba 130M", 1, 768, 1),
+            work("step-130m", "one token through a block of Mamba 130M", 1, 768, 0),
             work("step2-130m", "one token through a block of Mamba-2 130M", 1, 768, 2),
             work("step-2.8b", "one token through a block of Mamba 2.8B, batch 8", 8, 2560, 4),
         )

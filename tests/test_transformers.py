@@ -233,6 +233,28 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     assert (packed - torch.cat(apart, dim=1)).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("case", ["mamba", "jamba", "zamba", "mamba2", "falcon_h1"])
+def test_a_mixer_keeps_packed_texts_apart(case: str) -> None:
+    """Convolution and state both start anew where ``seq_idx`` changes; the cache keeps the last text's state."""
+    from transformers import DynamicCache
+
+    mixer = cases.mixer_of(model := cases.model(case))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 16, 32, generator=generator)
+    places = torch.arange(16)
+    seq_idx = torch.stack([(places >= 7).int() + (places >= 10).int(), (places >= 4).int()])
+    with installed(), torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        packed = mixer(hidden, cache, seq_idx=seq_idx)
+        for row, bounds in enumerate(((0, 7, 10, 16), (0, 4, 16))):
+            for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+                own = DynamicCache(config=model.config)
+                alone = mixer(hidden[row : row + 1, start:end], own)
+                torch.testing.assert_close(packed[row : row + 1, start:end], alone, rtol=0, atol=1e-5)
+            state, last = (one.get_recurrent_state(mixer.layer_idx, state_idx=0) for one in (cache, own))
+            torch.testing.assert_close(state[row : row + 1], last, rtol=0, atol=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     batch = cases.batch()
     with installed():

@@ -52,7 +52,7 @@ def mamba(
         x, dt, B, C, z = (sequence.squeeze(1) for sequence in (x, dt, B, C, z))
         out = selective_state_update(state, x, dt, A, B, C, self.D, z, dt_bias, dt_softplus=True).unsqueeze(1)
     else:
-        out = _scan(self, tensors, cache_params, state)
+        out = _scan(self, tensors, cache_params, state, kwargs.get("seq_idx"))
     return self.out_proj(out.to(dtype))
 
 
@@ -85,7 +85,8 @@ def zamba(
     else:
         bias = None if self.dt_proj_bias is None else self.dt_proj_bias.flatten()
         tensors = (x, dt.flatten(2), A.flatten(0, 1), B, C, self.D.flatten(), z, bias)
-        out = _scan(self, tensors, cache_params, None if state is None else state.flatten(1, 2), (heads, size))
+        state = None if state is None else state.flatten(1, 2)
+        out = _scan(self, tensors, cache_params, state, kwargs.get("seq_idx"), (heads, size))
     return self.out_proj(out.to(dtype))
 
 
@@ -149,21 +150,38 @@ def _recurrent_state(mixer: nn.Module, cache: Any) -> Tensor | None:
 
 
 def _scan(
-    mixer: nn.Module, tensors: tuple, cache: Any, state: Tensor | None, heads: tuple[int, int] | None = None
+    mixer: nn.Module,
+    tensors: tuple,
+    cache: Any,
+    state: Tensor | None,
+    seq_idx: Tensor | None = None,
+    heads: tuple[int, int] | None = None,
 ) -> Tensor:
     """The selective scan of a piece of text; its last state goes into the cache.
 
     As in transformers, several tokens at once start from a state of zero whatever the cache holds (there the fused
     kernel takes no initial state); one token, which comes here only if gradients are wanted, goes on from `state`.
+    Where `seq_idx` (B, L) changes, the state starts anew, as the convolution does.
     """
-    initial = state if tensors[0].shape[1] == 1 else None
+    x, dt, A, B, C, D, z, dt_bias = tensors
+    rows, length = x.shape[:2]
+    options: dict[str, Any] = {"initial_state": state if length == 1 else None}
+    packed = seq_idx is not None and rows > 0 and length > 1
+    if packed:
+        # All rows become one, with a boundary before each and wherever the text changes.
+        changes = torch.ones(rows, length, dtype=torch.bool, device=x.device)
+        changes[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        options["cu_seqlens"] = F.pad(changes.flatten().nonzero().flatten(), (0, 1), value=rows * length)
+        x, dt, B, C, z = (sequence.flatten(0, 1).unsqueeze(0) for sequence in (x, dt, B, C, z))
     out = selective_scan(
-        *tensors, delta_softplus=True, return_last_state=cache is not None, initial_state=initial, layout="bld"
+        x, dt, A, B, C, D, z, dt_bias, delta_softplus=True, return_last_state=cache is not None, layout="bld", **options
     )
     if cache is not None:
         out, last_state = out
+        if packed:
+            last_state = last_state[changes.sum(1).cumsum(0) - 1]  # of the last text of each row
         cache.update_recurrent_state(last_state if heads is None else last_state.unflatten(1, heads), mixer.layer_idx)
-    return out
+    return out.view(rows, length, -1) if packed else out
 
 
 def _convolve(mixer: nn.Module, x: Tensor, cache: Any, seq_idx: Tensor | None) -> Tensor:

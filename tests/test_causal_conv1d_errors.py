@@ -50,6 +50,8 @@ CONV_CASES = [
     ("seq_idx", zeros(2, 5), TypeError, "seq_idx is float32; it must be int32 or int64"),
     ("seq_idx", zeros(2, 4).int(), ValueError, "seq_idx has shape (2, 4); it must be (B, L) = (2, 5)"),
     ("seq_idx", zeros(5).int(), ValueError, "seq_idx has shape (5,); it must be (B, L) = (2, 5)"),
+    ("seq_idx", torch.full((2, 5), 2**32), ValueError, "seq_idx holds 4294967296; its values must fit into int32"),
+    ("seq_idx", torch.full((2, 5), -(2**32)), ValueError, "seq_idx holds -4294967296; its values must fit into int32"),
     ("initial_states", zeros(2, 6, 4), ValueError, "initial_states has shape (2, 6, 4); it must be (B, D, W - 1) = (2"),
     ("initial_states", zeros(1, 6, 3), ValueError, "initial_states has shape (1, 6, 3); it must be (B, D, W - 1) = (2"),
     ("initial_states", zeros(2, 6, 3).half(), TypeError, "initial_states is float16; it must be float32 like x"),

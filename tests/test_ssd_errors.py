@@ -57,7 +57,8 @@ CASES = [
     ("A", zeros(4, dtype=torch.complex64), TypeError, "A is complex64; beside float32 sequences it must be float32"),
     ("D", zeros(4).double(), TypeError, "D is float64; beside float32 sequences it must be float32"),
     ("initial_states", zeros(2, 4, 3, 6).half(), TypeError, "initial_states is float16; beside float32 sequences it"),
-    ("seq_idx", zeros(2, 5), TypeError, "seq_idx is float32; it must be one of int32, int64"),
+    ("seq_idx", zeros(2, 5), TypeError, "seq_idx is float32; it must be int32 or int64"),
+    ("seq_idx", torch.full((2, 5), 2**31), ValueError, "seq_idx holds 2147483648; its values must fit into int32"),
     ("cu_seqlens", zeros(2), TypeError, "cu_seqlens is float32; it must be int32 or int64"),
     # offsets
     (

@@ -100,6 +100,20 @@ def cu_seqlens(op: str, offsets: Tensor, batch: int, seqlen: int) -> None:
         raise ValueError(f"{op}: cu_seqlens ends at {values[-1]}; it must end at L = {seqlen}")
 
 
+def sequence_ids(op: str, ids: Tensor, batch: int, seqlen: int) -> Tensor:
+    """seq_idx as the kernels read it: contiguous int32."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: seq_idx is {dtype_name(ids.dtype)}; it must be int32 or int64")
+    shape(op, "seq_idx", ids, (batch, seqlen), "(B, L)")
+    # Only the host's copy is free to look at. Cut to 32 bits, two ids could become one, and a large one padding.
+    if ids.dtype == torch.int64 and ids.device.type == "cpu" and values_are_known(ids) and ids.numel():
+        held = torch.iinfo(torch.int32)
+        for value in (int(ids.min()), int(ids.max())):
+            if not held.min <= value <= held.max:
+                raise ValueError(f"{op}: seq_idx holds {value}; its values must fit into int32")
+    return ids.to(torch.int32).contiguous()
+
+
 def state_rows(
     op: str, rows: Tensor, batch: int, available: int, name: str = "state_batch_indices", state: str = "state"
 ) -> None:

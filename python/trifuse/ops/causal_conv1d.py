@@ -68,8 +68,9 @@ def causal_conv1d(
             Any strides.
         weight: ``(D, W)``, W from 2 to 8.
         bias: ``(D,)``, or None.
-        seq_idx: ``(B, L)`` int32 or int64, the id of the sequence each position belongs to: an input counts only
-            for positions of its own id. A negative id is padding: output 0, and no gradient.
+        seq_idx: ``(B, L)`` int32, or int64 of values that fit into int32, the id of the sequence each position
+            belongs to: an input counts only for positions of its own id. A negative id is padding: output 0, and
+            no gradient.
         initial_states: ``(B, D, W - 1)``, or ``(S, D, W - 1)`` with ``cu_seqlens``, in the dtype of ``x``: the inputs
             left of position 0, zero if None. With ``seq_idx`` they belong to the sequence of position 0, up to
             where the id first changes. Differentiable.
@@ -149,10 +150,7 @@ def prepare(
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
         rows = cu_seqlens.shape[0] - 1
     if seq_idx is not None:
-        if seq_idx.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: seq_idx is {check.dtype_name(seq_idx.dtype)}; it must be int32 or int64")
-        check.shape(op, "seq_idx", seq_idx, (batch, seqlen), "(B, L)")
-        seq_idx = seq_idx.to(torch.int32).contiguous()
+        seq_idx = check.sequence_ids(op, seq_idx, batch, seqlen)
     if initial_states is not None:
         check.shape(op, "initial_states", initial_states, (rows, dim, weight.shape[1] - 1),
                     "(B, D, W - 1)" if cu_seqlens is None else "(S, D, W - 1)")  # fmt: skip

@@ -92,8 +92,9 @@ def ssd(
         dt_softplus: pass ``dt + dt_bias`` through softplus.
         dt_limit: the smallest and the largest step; beyond them no gradient reaches ``dt``.
         initial_states: ``(B, H, P, N)``, or ``(S, H, P, N)`` with ``cu_seqlens``; zero if None. Differentiable.
-        seq_idx: ``(B, L)`` int32 or int64. The state restarts from zero wherever it changes; ``initial_states``
-            enter the first run of equal values (of each packed sequence), final states are those after the last.
+        seq_idx: ``(B, L)`` int32, or int64 of values that fit into int32. The state restarts from zero wherever it
+            changes; ``initial_states`` enter the first run of equal values (of each packed sequence), final states
+            are those after the last.
         cu_seqlens: ``(S + 1,)`` int32 or int64, the offsets of S sequences packed along the time of a batch of
             one. The state restarts, from ``initial_states[s]`` if given, at every offset.
         return_final_states: also return the states after the last step.
@@ -180,9 +181,7 @@ def prepare(
                       seq_idx=seq_idx, cu_seqlens=cu_seqlens)  # fmt: skip
 
     if seq_idx is not None:
-        check.shape(op, "seq_idx", seq_idx, (batch, seqlen), "(B, L)")
-        check.dtype(op, "seq_idx", seq_idx, (torch.int32, torch.int64))
-        seq_idx = seq_idx.to(torch.int32).contiguous()
+        seq_idx = check.sequence_ids(op, seq_idx, batch, seqlen)
     rows = batch
     if cu_seqlens is not None:
         check.cu_seqlens(op, cu_seqlens, batch, seqlen)

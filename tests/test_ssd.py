@@ -230,6 +230,16 @@ def test_empty_batch(backend, device):
 
 
 @kernels
+@pytest.mark.parametrize("skip", ["H", "HP"])
+def test_no_heads(backend, device, skip):
+    tensors = make(heads=0, skip=skip, gate=True)
+    for one in ("reference", backend):
+        results = run(one, tensors, torch.float32, device=device)
+        assert results["out"].shape == (2, 37, 0, 8) and results["dD"].shape == tensors["D"].shape
+        assert not results["dB"].any() and not results["dC"].any()
+
+
+@kernels
 def test_no_packed_sequence(backend, device):
     tensors = make(batch=1, seqlen=0, initial=False)
     results = run(backend, tensors, torch.float32, device=device, cu_seqlens=torch.tensor([0]))

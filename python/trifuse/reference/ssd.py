@@ -86,7 +86,7 @@ def ssd(
 
     y = torch.stack(ys, dim=1) if ys else inputs.clone()  # of no steps
     if D is not None:
-        y = y + D.to(acc).reshape(heads, -1) * inputs
+        y = y + (D if D.dim() == 2 else D[:, None]).to(acc) * inputs
     if z is not None:
         y = y * F.silu(z.to(acc))
     return y.to(x.dtype), final_states.clone()  # the caller may change it in place; initial_states may not

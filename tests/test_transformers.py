@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -247,7 +248,7 @@ def test_a_mixer_keeps_packed_texts_apart(case: str) -> None:
         cache = DynamicCache(config=model.config)
         packed = mixer(hidden, cache, seq_idx=seq_idx)
         for row, bounds in enumerate(((0, 7, 10, 16), (0, 4, 16))):
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            for start, end in itertools.pairwise(bounds):
                 own = DynamicCache(config=model.config)
                 alone = mixer(hidden[row : row + 1, start:end], own)
                 torch.testing.assert_close(packed[row : row + 1, start:end], alone, rtol=0, atol=1e-5)

@@ -115,6 +115,21 @@ def test_a_transformers_file_loads_and_gives_the_same_logits(tmp_path, kind, saf
         assert torch.equal(ours.generate(ids, 8), theirs)
 
 
+def test_an_old_transformers_config_also_says_d_model(tmp_path):
+    """As converted in 2024: the words of both layouts in the config, transformers' keys in the weights."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 16}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"d_model": 32, "d_inner": 64, "n_layer": 2, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_vocab_size_multiple": 8}))
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        logits = MambaLM.from_pretrained(tmp_path)(ids)
+        torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_a_sharded_checkpoint_loads(tmp_path):
     model = build()
     model.save_pretrained(tmp_path, safe_serialization=False)
@@ -149,6 +164,8 @@ def test_a_checkpoint_that_does_not_fit_says_where(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder or file someone/mamba.*nothing is downloaded"):
+        MambaLM.from_pretrained("someone/mamba")
     with pytest.raises(FileNotFoundError, match=r"no config.json in"):
         MambaLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"d_model": 32}')
@@ -157,6 +174,9 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"model_type 'llama'"):
+        MambaLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"d_model": 32, "n_layer": 1, "vocab_size": 8}')
+    with pytest.raises(ValueError, match=r"it lacks backbone.embedding.weight"):
         MambaLM.from_pretrained(tmp_path)
 
 

@@ -23,12 +23,17 @@ _PUBLISHED = (
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config, in the published words, and the weights, under the published keys."""
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"MambaLM: there is no folder or file {path}; it must be one on this machine, nothing is downloaded"
+        )
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"MambaLM: there is no config.json in {folder}")
     config = json.loads((folder / "config.json").read_text())
     weights = _read_weights(path)
-    if "d_model" in config:
+    # Old files of transformers say d_model beside hidden_size; the published ones never have the latter.
+    if "d_model" in config and "hidden_size" not in config:
         return {name: config[name] for name in _PUBLISHED if name in config}, weights
     weights = {name.replace("backbone.embeddings.", "backbone.embedding."): one for name, one in weights.items()}
     return _from_transformers(config), weights

@@ -298,14 +298,16 @@ class MambaLM(nn.Module):
             ValueError: naming what the config or the weights have, lack, or have in another shape.
         """
         config, weights = checkpoints.read(path)
-        if dtype is None:
-            dtype = weights["backbone.embedding.weight"].dtype
+        embedding = weights.get("backbone.embedding.weight")
+        if dtype is None and embedding is not None:  # without one, load_into says what is missing
+            dtype = embedding.dtype
         with torch.device("meta"):
             model = cls(MambaLMConfig(**config), dtype=dtype)
         model = model.to_empty(device=device or "cpu")
         if model.config.tie_embeddings:
             model.lm_head.weight = model.backbone.embedding.weight
-            weights.setdefault("lm_head.weight", weights["backbone.embedding.weight"])
+            if embedding is not None:
+                weights.setdefault("lm_head.weight", embedding)
         checkpoints.load_into(model, weights, str(path))
         return model
 

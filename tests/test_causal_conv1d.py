@@ -277,6 +277,23 @@ def test_padding_on_either_side_changes_nothing(backend, device, layout):
         assert not found["y"].narrow(time, 0, left).any() and not found["y"].narrow(time, left + 21, right).any()
 
 
+@kernels
+@layouts
+def test_padding_of_nan_has_no_gradient_and_spoils_none(backend, device, layout):
+    seq_idx = torch.tensor([[-1] * 3 + [0] * 9 + [-1] * 2 + [4] * 20 + [-1] * 3])
+    options = {"layout": layout, "activation": "silu", "seq_idx": seq_idx}
+    tensors = make(batch=1, layout=layout)
+    spoilt = tensors["x"].clone()
+    (spoilt if layout == "bld" else spoilt.transpose(1, 2))[seq_idx < 0] = float("nan")
+    for one, on in (("reference", "cpu"), (backend, device)):
+        clean = run(one, tensors, torch.float32, device=on, **options)
+        found = run(one, dict(tensors, x=spoilt), torch.float32, device=on, **options)
+        for name, value in clean.items():
+            assert torch.equal(found[name], value), (one, name)
+        dx = found["dx"] if layout == "bld" else found["dx"].transpose(1, 2)
+        assert not dx[seq_idx < 0].any() and dx[seq_idx >= 0].any(), one
+
+
 def _spoil(x, layout, position, bad):
     x = x.clone()
     (x if layout == "bdl" else x.transpose(1, 2))[0, 3, position] = bad

@@ -65,7 +65,8 @@ def _windows(padded: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | 
     for w in range(width):
         tap = padded[:, :, w : w + seqlen].to(acc)
         if ids is not None:  # chosen, not multiplied by zero: a NaN stays in its own sequence
-            tap = torch.where(_counts(ids, width - 1 - w)[:, None, :], tap, 0)
+            counts = _counts(ids, width - 1 - w) & (ids >= 0)  # of padding nothing, or its NaN would have gradients
+            tap = torch.where(counts[:, None, :], tap, 0)
         y = y + weight[:, w, None].to(acc) * tap
     if bias is not None:
         y = y + bias.to(acc)[:, None]

@@ -138,6 +138,7 @@ def test_update_of_any_width_by_several_tokens(width, seqlen, size):
     tensors = cases.make_update(width=width, seqlen=seqlen, size=size, dim=3)
     check_update(tensors)
     check_update(tensors, cache_seqlens=torch.tensor([0, 4, 2**40 + 3]), activation="silu")
+    check_update(tensors, cache_seqlens=torch.tensor([-1, -4, -9]), activation="silu")  # no place before the row
 
 
 def test_update_picks_rows_and_leaves_padding_alone():

@@ -33,7 +33,7 @@ def _update_kernel(
         live = d_mask & (d * 0 + row >= 0)
     first = wide(0)
     if cache_seqlens is not None:
-        first = tl.load(cache_seqlens + batch) % state_len
+        first = (tl.load(cache_seqlens + batch) % state_len + state_len) % state_len  # as of a negative number too
     x += batch * x_strides[0] + d * x_strides[1]
     y += batch * y_strides[0] + d * y_strides[1]
     state = conv_state + row * state_strides[0] + d * state_strides[1]

@@ -285,6 +285,17 @@ def test_a_text_ends_at_its_end_token():
     assert end not in listed[0][3:-1]
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, lambda end: torch.tensor([end]), lambda end: (end, torch.tensor(end))])
+def test_an_end_token_may_be_of_any_kind(kind):
+    model, ids = build(), tokens(1, 5)
+    free = model.generate(ids, 6)
+    end = int(free[0, 7])
+    for prompts in (ids, ids.tolist()):
+        expected = model.generate(prompts, 6, eos_token_id=end)
+        assert len(expected[0]) < 11
+        assert torch.equal(model.generate(prompts, 6, eos_token_id=kind(end))[0], expected[0])
+
+
 def test_generation_stops_when_every_text_has_ended():
     model = build()
     ids = tokens(1, 3)

@@ -62,7 +62,7 @@ def stream(
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"{_OP}: max_new_tokens is {max_new_tokens!r}; it must be an int, 0 or more")
     ids, mask = _prompts(model, input_ids, attention_mask)
-    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    ends = _ends(eos_token_id)
     pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
     how = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
     return _steps(model, ids, mask, max_new_tokens, ends, pad, how)
@@ -106,12 +106,19 @@ def generate(
         streamer.end()
     if not listed:
         return torch.cat([input_ids, *(one.unsqueeze(1).to(input_ids) for one in new)], dim=1)
-    ends = options.get("eos_token_id")
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = _ends(options.get("eos_token_id"))
     return [
         torch.cat([torch.as_tensor(prompt, device=_device(model)), _until_end([one[i] for one in new], ends, model)])
         for i, prompt in enumerate(input_ids)
     ]
+
+
+def _ends(eos_token_id: Any) -> list[int]:
+    """The end tokens: of an int, Python's, numpy's or a tensor's, or of several."""
+    if eos_token_id is None:
+        return []
+    several = isinstance(eos_token_id, Sequence)
+    return [int(one) for one in eos_token_id] if several else torch.as_tensor(eos_token_id).long().flatten().tolist()
 
 
 def _until_end(tokens: list[Tensor], ends: list[int], model: Any) -> Tensor:

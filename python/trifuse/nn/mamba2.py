@@ -45,7 +45,8 @@ class Mamba2(nn.Module):
         process_group: None; layers split over processes are not served.
         sequence_parallel: accepted for compatibility; it belongs to ``process_group``.
         device, dtype: of the parameters. ``D`` is of torch's default dtype whatever ``dtype`` is.
-        learnable_init_states: a text starts from a trained state ``init_states``, not from zero.
+        learnable_init_states: a text starts from a trained state ``init_states``, not from zero (of texts that
+            ``seq_idx`` parts, the first of each row; of those of ``cu_seqlens``, every one).
 
     Parameters, their initial values (the same draws from the same seed) and ``state_dict`` keys are
     those of the reference implementation, so checkpoints load either way. The submodules are called,

@@ -70,6 +70,8 @@ CASES = [
     # numbers
     ("dt_limit", 0.1, TypeError, "dt_limit is 0.1; it must be a pair of numbers"),
     ("dt_limit", (0.1, 0.2, 0.3), TypeError, "dt_limit is (0.1, 0.2, 0.3); it must be a pair of numbers"),
+    ("dt_limit", (None, 0.1), TypeError, "dt_limit is (None, 0.1); it must be a pair of numbers"),
+    ("dt_limit", "ab", TypeError, "dt_limit is 'ab'; it must be a pair of numbers"),
     ("dt_limit", (0.2, 0.1), ValueError, "dt_limit is (0.2, 0.1); its first number must not exceed its second"),
     (
         "dt_limit",

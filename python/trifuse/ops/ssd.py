@@ -239,7 +239,10 @@ def _coefficients(op: str, x: Tensor, B: Tensor, C: Tensor) -> None:
 def _limits(op: str, dt_limit: Sequence[float]) -> tuple[float, float]:
     if not isinstance(dt_limit, Sequence) or len(dt_limit) != 2:
         raise TypeError(f"{op}: dt_limit is {dt_limit!r}; it must be a pair of numbers")
-    smallest, largest = (float(limit) for limit in dt_limit)
+    try:
+        smallest, largest = (float(limit) for limit in dt_limit)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: dt_limit is {dt_limit!r}; it must be a pair of numbers") from None
     if not smallest <= largest:
         raise ValueError(f"{op}: dt_limit is {(smallest, largest)}; its first number must not exceed its second")
     return smallest, largest

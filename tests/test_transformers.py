@@ -223,6 +223,21 @@ def test_peft_lora_trains_the_projections_of_a_mixer() -> None:
         assert (new - same).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("case", ["mamba", "mamba2"])
+def test_peft_lora_trains_the_output_projection_that_it_refuses_by_model_type(case: str) -> None:
+    """PEFT looks for a model type, which the list of layers has not; README names this way."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: its adapters are not tested")
+    torch.manual_seed(0)
+    model, ids = cases.model(case), cases.batch(lengths=(12, 12)).input_ids
+    settings = peft.LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(settings, model.backbone.layers)
+    with installed():
+        model(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_" in name]
+    assert len(gradients) == 2 * 2
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
 def test_packed_sequences_do_not_see_each_other() -> None:
     """``seq_idx``, which transformers refuses without mamba_ssm and causal_conv1d."""
     model = cases.model("bamba", attn_layer_indices=[])

@@ -5,6 +5,8 @@ memory, regenerate the budget with ``python tests/triton_configurations.py --wri
 """
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,11 +15,18 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from triton_configurations import BUDGETS, TARGETS, measured_elsewhere, series
 
 
+@pytest.fixture(scope="module")
+def measuring(tmp_path_factory):
+    """The figures of every target, on their way: each target is compiled by one process on one core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {target: pool.submit(measured_elsewhere, target, tmp_path_factory.mktemp(target)) for target in TARGETS}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_within_their_budget(target, tmp_path):
+def test_kernels_compile_within_their_budget(target, measuring):
     budgets = json.loads(BUDGETS.read_text())
-    found = measured_elsewhere(target, tmp_path)
+    found = measuring[target].result()
     assert found.keys() == budgets[target].keys()
     if series() != budgets["triton"]:
         pytest.skip(f"compiled; the budget was measured with triton {budgets['triton']}, and this is {series()}")

@@ -35,12 +35,14 @@ def linear_scan(
     """
     acc = torch.promote_types(b.dtype, torch.float32)
     batch, dim, seqlen = b.shape
-    factor, term = a.to(torch.promote_types(a.dtype, torch.float32)), b.to(acc)
+    # Taken apart once: indexing every step would give autograd a gradient of the full length per step.
+    factors, term = a.to(torch.promote_types(a.dtype, torch.float32)).unbind(2), b.to(acc)
+    terms = term.unbind(2)
 
     def one_sequence(start: int, end: int, state: Tensor) -> tuple[list[Tensor], Tensor]:
         states = []
         for t in reversed(range(start, end)) if reverse else range(start, end):
-            state = factor[:, :, t] * state + term[:, :, t]
+            state = factors[t] * state + terms[t]
             states.append(state)
         return (states[::-1] if reverse else states), state
 

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from backends_here import ISAS
+
+import trifuse
 
 
 @pytest.fixture
@@ -12,6 +15,23 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set of this machine in turn."""
+    before = trifuse._native.cpu_isa()
+    trifuse._native.set_cpu_isa(request.param)
+    yield request.param
+    trifuse._native.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, which is as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items):

@@ -3,8 +3,9 @@ against the reference."""
 
 import pytest
 import torch
+from backends_here import HAS_CPP, cpp_only
 from conv_cases import make
-from test_causal_conv1d import HAS_CPP, ISAS, cpp_only, kernels
+from test_causal_conv1d import kernels
 from tolerance import compare, error
 
 import trifuse
@@ -13,14 +14,6 @@ import trifuse
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(poisoned_memory):
     """Every test runs on poisoned allocations."""
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = trifuse._native.cpu_isa()
-    trifuse._native.set_cpu_isa(request.param)
-    yield request.param
-    trifuse._native.set_cpu_isa(before)
 
 
 @kernels

@@ -193,6 +193,11 @@ def test_a_config_that_cannot_be_built_says_why(options, message):
         MambaLMConfig(**options)
 
 
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="config is dict; it must be a MambaLMConfig"):
+        MambaLM({"d_model": 32})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right", "anywhere"])
 def test_padding_never_changes_the_rest(kind, side):

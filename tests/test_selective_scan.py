@@ -3,47 +3,22 @@ machine can run against the reference. On a GPU the same statements are made of 
 
 import pytest
 import torch
+from backends_here import HAS_CPP, cpp_only, kernels_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scan_cases import check, make, run
 from tolerance import error
 
 import trifuse
-from trifuse import _library
 
-HAS_CPP = _library.missing("cpp") is None
-ISAS = trifuse._native.cpu_isas() if _library.missing("native") is None else []
 PACKED = torch.tensor([0, 5, 5, 38, 64, 100, 100])
 
-kernels = pytest.mark.parametrize(
-    "backend, device",
-    [
-        pytest.param("cpp", "cpu", marks=pytest.mark.skipif(not HAS_CPP, reason="the cpp library is not built")),
-        pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
-        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-    ],
-)
-cpp_only = pytest.mark.skipif(not HAS_CPP, reason="the cpp library is not built")
+kernels = kernels_of("cuda", "triton")
 
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(poisoned_memory):
     """Every test runs on poisoned allocations."""
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = trifuse._native.cpu_isa()
-    trifuse._native.set_cpu_isa(request.param)
-    yield request.param
-    trifuse._native.set_cpu_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # ---- the reference, against what can be computed by hand

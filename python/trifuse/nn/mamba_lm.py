@@ -162,6 +162,8 @@ class MambaLM(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if not isinstance(config, MambaLMConfig):
+            raise TypeError(f"MambaLM: config is {type(config).__name__}; it must be a MambaLMConfig")
         self.config = config
         factory = {"device": device, "dtype": dtype}
         self.backbone = Backbone(config, **factory)

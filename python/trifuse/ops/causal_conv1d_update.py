@@ -1,6 +1,7 @@
 """``causal_conv1d_update``: arguments, checks, and the choice of a kernel.
 
-The step form of ``causal_conv1d``: its reference, registration, tests and benchmarks are in the rooms of that op.
+The step form of ``causal_conv1d``: its reference, registration and CPU kernel are in the rooms of that op, since they
+share the definition, the parameters and the taps with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""``mamba_token``: one token through a Mamba block of plain layers in one call. Not public: ``nn.Mamba`` is."""
+"""``mamba_token``: one token through a Mamba block of plain layers in one call. Not public: ``nn.Mamba`` is.
+
+It has no rooms of its own on the other floors because it computes nothing of its own: csrc/torch/mamba_token.cpp
+strings together torch's products and the CPU kernels of ``causal_conv1d_update`` and ``selective_state_update``. Its
+reference is the block's ordinary way, with which tests/test_mamba.py compares it; it is timed as ``nn.Mamba.step`` in
+bench/bench_mamba_step.py. On other devices and in other dtypes the block takes the ordinary way.
+"""
 
 from __future__ import annotations
 

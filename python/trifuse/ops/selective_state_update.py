@@ -1,6 +1,6 @@
 """``selective_state_update``: arguments, checks, and the choice of a kernel.
 
-The one-token form of ``selective_scan``: its reference, registration, tests and benchmarks are in the rooms of
+The one-token form of ``selective_scan``: its reference, registration, tests and CPU entry point are in the rooms of
 that op.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tolerance import compare, error
+from tolerance import compare, error, incoming
 
 import trifuse
 
@@ -44,8 +44,7 @@ def output_gradients(outs):
     g = torch.Generator().manual_seed(99)
 
     def rand(x):
-        real = torch.randn(x.shape, generator=g, dtype=torch.float64)
-        imaginary = torch.randn(x.shape, generator=g, dtype=torch.float64)
+        real, imaginary = (incoming(x.shape, g).double() for _ in range(2))
         return (torch.complex(real, imaginary) if x.is_complex() else real).to(x.dtype).to(x.device)
 
     return [rand(x) for x in outs]

@@ -7,7 +7,7 @@ ulp, for the output, the last state and the gradient of every argument.
 from __future__ import annotations
 
 import torch
-from tolerance import compare, error
+from tolerance import compare, error, incoming
 
 import trifuse
 
@@ -64,7 +64,7 @@ def cast(name, tensor, dtype):
 
 def output_gradients(out, last):
     g = torch.Generator().manual_seed(99)
-    return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype).to(x.device) for x in (out, last)]
+    return [incoming(x.shape, g).to(x.dtype).to(x.device) for x in (out, last)]
 
 
 def run(backend, tensors, dtype, grads=True, last_grad=True, device="cpu", **options):
@@ -78,7 +78,7 @@ def run(backend, tensors, dtype, grads=True, last_grad=True, device="cpu", **opt
     if grads:
         g = torch.Generator().manual_seed(99)
         outs = [x for x in (out, last)[: 1 + last_grad] if x.requires_grad]  # zeros after no steps do not
-        douts = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype).to(device) for x in outs]
+        douts = [incoming(x.shape, g).to(x.dtype).to(device) for x in outs]
         found = torch.autograd.grad(outs, list(args.values()), douts, allow_unused=True, materialize_grads=True)
         results |= {f"d{name}": grad for name, grad in zip(args, found, strict=True)}
     return {name: result.detach().cpu() for name, result in results.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tolerance import compare, error
+from tolerance import compare, error, incoming
 
 import trifuse
 
@@ -54,7 +54,7 @@ def run(backend, tensors, dtype, grads=True, final_grad=True, device="cpu", wide
     if grads:
         g = torch.Generator().manual_seed(99)
         outs = [one for one in (out, final)[: 1 + final_grad] if one.requires_grad]  # zeros after no steps do not
-        douts = [torch.randn(one.shape, generator=g, dtype=torch.float64).to(one.dtype).to(device) for one in outs]
+        douts = [incoming(one.shape, g).to(one.dtype).to(device) for one in outs]
         found = torch.autograd.grad(outs, list(args.values()), douts, allow_unused=True, materialize_grads=True)
         results |= {f"d{name}": grad for name, grad in zip(args, found, strict=True)}
     return {name: result.detach().cpu() for name, result in results.items()}

@@ -9,6 +9,12 @@ import torch
 FEW_ULP = 4
 
 
+def incoming(shape, g):
+    """A gradient that comes in, drawn of values that every dtype holds: were it rounded for each dtype by itself, that
+    rounding would count as the error of eager PyTorch, and hide any of a kernel."""
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(torch.bfloat16).to(torch.float16)
+
+
 def error(result, exact):
     """The largest difference, 0 for empty tensors."""
     wide = torch.complex128 if exact.is_complex() else torch.float64

@@ -2,7 +2,15 @@
 
 from trifuse import nn, reference
 from trifuse.backends import BackendUnavailable, backend, explain
-from trifuse.ops import causal_conv1d, causal_conv1d_update, linear_scan, selective_scan, selective_state_update, ssd
+from trifuse.ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    gaussian_gate,
+    linear_scan,
+    selective_scan,
+    selective_state_update,
+    ssd,
+)
 
 __version__ = "0.1.0"
 
@@ -13,6 +21,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
+    "gaussian_gate",
     "linear_scan",
     "nn",
     "reference",

@@ -2,9 +2,18 @@
 
 from trifuse.ops.causal_conv1d import causal_conv1d
 from trifuse.ops.causal_conv1d_update import causal_conv1d_update
+from trifuse.ops.gaussian_gate import gaussian_gate
 from trifuse.ops.linear_scan import linear_scan
 from trifuse.ops.selective_scan import selective_scan
 from trifuse.ops.selective_state_update import selective_state_update
 from trifuse.ops.ssd import ssd
 
-__all__ = ["causal_conv1d", "causal_conv1d_update", "linear_scan", "selective_scan", "selective_state_update", "ssd"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gaussian_gate",
+    "linear_scan",
+    "selective_scan",
+    "selective_state_update",
+    "ssd",
+]

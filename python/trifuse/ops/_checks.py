@@ -123,3 +123,51 @@ def state_rows(
     # Only the host's copy is free to look at: on a device the look would stall every token.
     if rows.device.type == "cpu" and values_are_known(rows) and batch and int(rows.max()) >= available:
         raise ValueError(f"{op}: {name} holds {int(rows.max())}; {state} has only {available} rows")
+
+
+def axis(op: str, name: str, value: object, tensor: Tensor) -> int:
+    """An axis of `tensor`, counted from the front."""
+    dims = tensor.dim()
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}; it must be an int")
+    if dims == 0:
+        raise ValueError(f"{op}: x has shape (); it must have at least one axis")
+    if not -dims <= value < dims:
+        raise ValueError(
+            f"{op}: {name} is {value}; for x of shape {tuple(tensor.shape)} it must be {-dims} to {dims - 1}"
+        )
+    return value % dims
+
+
+def mask(op: str, mask: Tensor, tensor: Tensor, name: str = "mask") -> None:
+    """A bool mask whose shape broadcasts to that of `tensor`."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: {name} is {dtype_name(mask.dtype)}; it must be bool, True where an entry takes part")
+    missing = tensor.dim() - mask.dim()
+    if missing < 0 or any(size not in (1, full) for size, full in zip(mask.shape, tensor.shape[missing:], strict=True)):
+        was, full = tuple(mask.shape), tuple(tensor.shape)
+        raise ValueError(f"{op}: {name} has shape {was}; it must broadcast to the shape of x, {full}")
+
+
+def widths(op: str, name: str, width: Tensor, *, positive: bool = False) -> None:
+    """Widths of Gaussians are finite and not 0. Only the host's copy is free to look at: a device's would be waited
+    for."""
+    if width.device.type != "cpu" or not values_are_known(width) or width.numel() == 0:
+        return
+    value = width.detach()
+    bad = ~(value.isfinite() & (value > 0 if positive else value != 0))
+    if not bad.any():
+        return
+    index = tuple(bad.nonzero()[0].tolist())
+    where = f" at index {index[0] if len(index) == 1 else index}" if index else ""
+    wanted = "above 0 and finite" if positive else "finite and not 0"
+    raise ValueError(f"{op}: {name} is {value[index].item()}{where}; it must be {wanted}")
+
+
+def number(op: str, name: str, value: object, *, least: float = 0.0) -> float:
+    """A finite number above `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}; it must be a number")
+    if not least < value < float("inf"):
+        raise ValueError(f"{op}: {name} is {value}; it must be above {least:g} and finite")
+    return float(value)

@@ -5,6 +5,7 @@ from trifuse.backends import BackendUnavailable, backend, explain
 from trifuse.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    gaussian_attention,
     gaussian_gate,
     linear_scan,
     selective_scan,
@@ -21,6 +22,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
+    "gaussian_attention",
     "gaussian_gate",
     "linear_scan",
     "nn",

@@ -2,6 +2,7 @@
 
 from trifuse.ops.causal_conv1d import causal_conv1d
 from trifuse.ops.causal_conv1d_update import causal_conv1d_update
+from trifuse.ops.gaussian_attention import gaussian_attention
 from trifuse.ops.gaussian_gate import gaussian_gate
 from trifuse.ops.linear_scan import linear_scan
 from trifuse.ops.selective_scan import selective_scan
@@ -11,6 +12,7 @@ from trifuse.ops.ssd import ssd
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "gaussian_attention",
     "gaussian_gate",
     "linear_scan",
     "selective_scan",

@@ -81,23 +81,23 @@ def written(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def cu_seqlens(op: str, offsets: Tensor, batch: int, seqlen: int) -> None:
+def cu_seqlens(op: str, offsets: Tensor, batch: int, seqlen: int, name: str = "cu_seqlens", length: str = "L") -> None:
     if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: cu_seqlens is {dtype_name(offsets.dtype)}; it must be int32 or int64")
+        raise TypeError(f"{op}: {name} is {dtype_name(offsets.dtype)}; it must be int32 or int64")
     if offsets.dim() != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens has shape {tuple(offsets.shape)}; it must be (S + 1,)")
+        raise ValueError(f"{op}: {name} has shape {tuple(offsets.shape)}; it must be (S + 1,)")
     if batch != 1:
-        raise ValueError(f"{op}: cu_seqlens packs sequences in a batch of one, and the batch is {batch}")
+        raise ValueError(f"{op}: {name} packs sequences in a batch of one, and the batch is {batch}")
     if not values_are_known(offsets):
         return
     values = offsets.tolist()
     if values[0] != 0:
-        raise ValueError(f"{op}: cu_seqlens starts at {values[0]}; it must start at 0")
+        raise ValueError(f"{op}: {name} starts at {values[0]}; it must start at 0")
     for i in range(1, len(values)):
         if values[i] < values[i - 1]:
-            raise ValueError(f"{op}: cu_seqlens decreases from {values[i - 1]} to {values[i]} at index {i}")
+            raise ValueError(f"{op}: {name} decreases from {values[i - 1]} to {values[i]} at index {i}")
     if values[-1] != seqlen:
-        raise ValueError(f"{op}: cu_seqlens ends at {values[-1]}; it must end at L = {seqlen}")
+        raise ValueError(f"{op}: {name} ends at {values[-1]}; it must end at {length} = {seqlen}")
 
 
 def sequence_ids(op: str, ids: Tensor, batch: int, seqlen: int) -> Tensor:

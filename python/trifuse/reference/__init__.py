@@ -1,6 +1,7 @@
 """Plain PyTorch definitions of every op: readable, float64-clean, differentiable without limit."""
 
 from trifuse.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from trifuse.reference.gaussian_attention import gaussian_attention
 from trifuse.reference.gaussian_gate import gaussian_gate
 from trifuse.reference.linear_scan import linear_scan
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
@@ -9,6 +10,7 @@ from trifuse.reference.ssd import ssd
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "gaussian_attention",
     "gaussian_gate",
     "linear_scan",
     "selective_scan",

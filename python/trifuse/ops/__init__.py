@@ -4,6 +4,7 @@ from trifuse.ops.causal_conv1d import causal_conv1d
 from trifuse.ops.causal_conv1d_update import causal_conv1d_update
 from trifuse.ops.gaussian_attention import gaussian_attention
 from trifuse.ops.gaussian_gate import gaussian_gate
+from trifuse.ops.gmm_attention import gmm_attention_step
 from trifuse.ops.linear_scan import linear_scan
 from trifuse.ops.selective_scan import selective_scan
 from trifuse.ops.selective_state_update import selective_state_update
@@ -14,6 +15,7 @@ __all__ = [
     "causal_conv1d_update",
     "gaussian_attention",
     "gaussian_gate",
+    "gmm_attention_step",
     "linear_scan",
     "selective_scan",
     "selective_state_update",

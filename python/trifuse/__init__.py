@@ -5,6 +5,7 @@ from trifuse.backends import BackendUnavailable, backend, explain
 from trifuse.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    gaussian_adaptive_attention,
     gaussian_attention,
     gaussian_gate,
     gmm_attention_step,
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
+    "gaussian_adaptive_attention",
     "gaussian_attention",
     "gaussian_gate",
     "gmm_attention_step",

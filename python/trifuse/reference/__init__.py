@@ -1,6 +1,7 @@
 """Plain PyTorch definitions of every op: readable, float64-clean, differentiable without limit."""
 
 from trifuse.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from trifuse.reference.gaussian_adaptive_attention import gaussian_adaptive_attention
 from trifuse.reference.gaussian_attention import gaussian_attention
 from trifuse.reference.gaussian_gate import gaussian_gate
 from trifuse.reference.gmm_attention import gmm_attention_step
@@ -11,6 +12,7 @@ from trifuse.reference.ssd import ssd
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "gaussian_adaptive_attention",
     "gaussian_attention",
     "gaussian_gate",
     "gmm_attention_step",

@@ -42,11 +42,16 @@ for extra in "$@"; do
       torch=$("$venv/bin/python" -c "import torch; print(torch.__version__)")
       "${pip[@]}" install --constraint <(echo "torch==$torch") "transformers>=5.23" peft ||
         echo "transformers and peft could not be installed: the tests of their models will say so"
+      "${pip[@]}" install --no-deps gaussian-adaptive-attention ||
+        echo "gaussian-adaptive-attention could not be installed: the tests beside it will say so"
+      "${pip[@]}" install scikit-learn || echo "scikit-learn could not be installed: an example will not be tested"
       ;;
     report) "${pip[@]}" install matplotlib jinja2 rich pytest pytest-benchmark ;;
     # What the report compares with. None may bring a torch of its own, and none is needed.
     rivals)
-      "${pip[@]}" install --no-deps mambapy || echo "mambapy could not be installed: left out of the report"
+      for rival in mambapy gaussian-adaptive-attention; do
+        "${pip[@]}" install --no-deps "$rival" || echo "$rival could not be installed: left out of the report"
+      done
       "${pip[@]}" install transformers || echo "transformers could not be installed: left out of the report"
       ;;
     *)

@@ -184,7 +184,7 @@ class Validator:
             if "L" in workload.sizes:
                 backward = backward or (trainable and workload["L"] <= subject.longest[1])
                 shape = workload.sized(L=min(subject.longest[backward], workload["L"]))
-        key = (shape.shape(), backward, dtype, name)
+        key = (shape.shape(), repr(subject.options(shape)), backward, dtype, name)
         if key not in self._cases:
             self._cases[key] = self._make_case(name, shape, backward, DTYPES[dtype])
         return self._cases[key]

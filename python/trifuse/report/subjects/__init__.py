@@ -8,6 +8,10 @@ from __future__ import annotations
 from trifuse.report.subject import OpSubject, Subject
 from trifuse.report.subjects.causal_conv1d import CausalConv1d
 from trifuse.report.subjects.causal_conv1d_update import CausalConv1dUpdate
+from trifuse.report.subjects.gaussian_adaptive_attention import GaussianAdaptiveAttention
+from trifuse.report.subjects.gaussian_attention import GaussianAttention
+from trifuse.report.subjects.gaussian_gate import GaussianGate
+from trifuse.report.subjects.gmm_attention_step import GMMAttentionStep
 from trifuse.report.subjects.linear_scan import LinearScan
 from trifuse.report.subjects.mamba_step import MambaStep
 from trifuse.report.subjects.selective_scan import SelectiveScan
@@ -18,8 +22,8 @@ from trifuse.report.subjects.transformers_models import TransformersModels
 __all__ = ["OPS", "SUBJECTS"]
 
 _ROOMS = (
-    TransformersModels(), SSD(), MambaStep(), LinearScan(), CausalConv1d(), SelectiveScan(), SelectiveStateUpdate(),
-    CausalConv1dUpdate(),
+    TransformersModels(), GaussianAttention(), GaussianAdaptiveAttention(), SSD(), MambaStep(), LinearScan(),
+    CausalConv1d(), SelectiveScan(), SelectiveStateUpdate(), CausalConv1dUpdate(), GaussianGate(), GMMAttentionStep(),
 )  # fmt: skip
 SUBJECTS: dict[str, Subject] = {one.op: one for one in _ROOMS}
 

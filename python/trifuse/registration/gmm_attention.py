@@ -69,6 +69,7 @@ def _cuda_refusals(call: Any) -> list[str]:
 
 
 def register_backends(op: Op) -> None:
+    op.backend("cpp", common.cpp_refusals)
     op.backend("cuda", _cuda_refusals)
 
 

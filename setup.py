@@ -74,8 +74,10 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=[
         "trifuse",
+        "trifuse.analysis",
         "trifuse.integrations",
         "trifuse.integrations.published.causal_conv1d",
+        "trifuse.integrations.published.gaussian_adaptive_attention",
         "trifuse.integrations.published.mamba_ssm",
         "trifuse.integrations.published.mamba_ssm.models",
         "trifuse.integrations.published.mamba_ssm.modules",

@@ -1,4 +1,4 @@
-"""``trifuse.integrations``: the stand-ins for mamba_ssm and causal_conv1d, and how they come and go."""
+"""``trifuse.integrations``: the stand-ins for other packages, and how they come and go."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ NAMES = {
     "causal_conv1d.causal_conv1d_update": "x conv_state weight bias activation cache_seqlens conv_state_indices",
     "causal_conv1d.causal_conv1d_interface.causal_conv1d_fn": "x weight bias",
     "causal_conv1d.causal_conv1d_varlen.causal_conv1d_varlen_states": "x cu_seqlens state_len",
+    "gaussian_adaptive_attention.GaussianAdaptiveAttention": "norm_axis num_heads num_gaussians padding_value "
+    "mean_offset_init eps",
+    "gaussian_adaptive_attention.MultiHeadGaussianAdaptiveAttention": "norm_axis num_heads num_gaussians padding_value "
+    "eps",
+    "gaussian_adaptive_attention.GaussianBlock": "norm_axes num_heads num_gaussians num_layers padding_value eps",
+    "gaussian_adaptive_attention.GaussianBlock.GaussianBlock": "norm_axes num_heads",
     "mamba_ssm.Mamba": "d_model d_state d_conv expand dt_rank",
     "mamba_ssm.Mamba2": "d_model d_state d_conv conv_init expand headdim d_ssm ngroups",
     "mamba_ssm.MambaLMHeadModel": "config initializer_cfg device dtype",
@@ -67,6 +73,9 @@ NAMES = {
 }
 
 
+PACKAGES = {"mamba_ssm", "causal_conv1d", "gaussian_adaptive_attention"}
+
+
 @pytest.fixture
 def installed() -> Iterator[tuple[str, ...]]:
     with warnings.catch_warnings():
@@ -97,18 +106,20 @@ def test_importing_trifuse_changes_nothing() -> None:
         before = list(sys.meta_path)
         import trifuse, trifuse.integrations
         assert sys.meta_path == before
-        assert not {"mamba_ssm", "causal_conv1d", "transformers"} & {name.partition(".")[0] for name in sys.modules}
+        packages = {"mamba_ssm", "causal_conv1d", "gaussian_adaptive_attention", "matplotlib", "transformers"}
+        assert not packages & {name.partition(".")[0] for name in sys.modules}
     """
     done = run(program)
     assert done.returncode == 0, done.stderr
 
 
 def test_versions_are_known_to_the_packages_and_to_importlib_metadata(installed) -> None:
-    for package in ("mamba_ssm", "causal_conv1d"):
+    for package in sorted(PACKAGES):
         version = importlib.import_module(package).__version__
         assert importlib.metadata.version(package) == version
         assert importlib.metadata.version(package.replace("_", "-")) == version
-        assert importlib.metadata.packages_distributions()[package] == [package.replace("_", "-")]
+        # Forced, a stand-in is there beside an installed package of the same name.
+        assert set(importlib.metadata.packages_distributions()[package]) == {package.replace("_", "-")}
     major, minor, _ = importlib.metadata.version("mamba_ssm").split(".", 2)
     assert (int(major), int(minor)) >= (2, 2)  # transformers asks for 2.0.4 and newer
 
@@ -117,8 +128,8 @@ def test_uninstall_leaves_no_trace() -> None:
     finders, modules = list(sys.meta_path), set(sys.modules)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert set(integrations.install(force=True)) == {"mamba_ssm", "causal_conv1d"}
-        assert set(integrations.install()) == {"mamba_ssm", "causal_conv1d"}  # again: nothing more happens
+        assert set(integrations.install(force=True)) == PACKAGES
+        assert set(integrations.install()) == PACKAGES  # again: nothing more happens
     importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     integrations.uninstall()
     integrations.uninstall()
@@ -146,6 +157,58 @@ def test_an_installed_package_is_left_alone_unless_forced(tmp_path: Path, monkey
     finally:
         integrations.uninstall()
         sys.modules.pop("mamba_ssm", None)
+
+
+def test_transformers_is_left_alone_when_its_packages_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrations.stand_ins, "is_installed", lambda name: name in ("mamba_ssm", "causal_conv1d"))
+    finders = len(sys.meta_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert integrations.install() == ("gaussian_adaptive_attention",)
+    try:
+        assert len(sys.meta_path) == finders + 1  # the finder of modules, and no hook of transformers
+        block = importlib.import_module("gaussian_adaptive_attention").GaussianBlock
+        assert issubclass(block, trifuse.nn.GaussianBlock)
+    finally:
+        integrations.uninstall()
+
+
+def test_gaussian_modules_by_the_published_names_normalize_as_published(installed) -> None:
+    package = importlib.import_module("gaussian_adaptive_attention")
+    torch.manual_seed(0)
+    block = package.GaussianBlock([-1, 1], [2, 1], [3, 3], 2, None, 1e-6)
+    assert isinstance(block, trifuse.nn.GaussianBlock)
+    for layer in block.layers:
+        assert type(layer) is package.MultiHeadGaussianAdaptiveAttention
+        assert all(type(head) is package.GaussianAdaptiveAttention for head in layer.attention_heads)
+        assert (layer.normalization, layer.eps) == ("clamped", 1e-6)
+    ours = trifuse.nn.GaussianBlock([-1, 1], [2, 1], [3, 3], 2, eps=1e-6, normalization="clamped")
+    ours.load_state_dict(block.state_dict())
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(block(x), ours(x))
+    assert package.GaussianAdaptiveAttention(-1, 1, 1, None, normalization="stable").normalization == "stable"
+
+
+def test_a_gaussian_model_gives_what_it_gave_with_the_package() -> None:
+    theirs = pytest.importorskip(
+        "gaussian_adaptive_attention", reason="the published package gaussian-adaptive-attention is not installed"
+    )
+    torch.manual_seed(0)
+    model = theirs.GaussianBlock([-1], [2], [6], 1)
+    x = torch.randn(4, 32, dtype=torch.float64)
+    expected, state = model.double()(x), model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        integrations.install(force=True)
+    try:
+        package = importlib.import_module("gaussian_adaptive_attention")
+        assert package is not theirs
+        again = package.GaussianBlock([-1], [2], [6], 1, dtype=torch.float64)
+        again.load_state_dict(state)
+        torch.testing.assert_close(again(x), expected, rtol=1e-12, atol=1e-12)
+    finally:
+        integrations.uninstall()
+    assert importlib.import_module("gaussian_adaptive_attention") is theirs
 
 
 def test_transformers_runs_on_trifuse_when_install_comes_first() -> None:

@@ -1,6 +1,6 @@
 """High-performance kernels for sequence models, on every machine: C++ for CPUs, CUDA, and Triton."""
 
-from trifuse import nn, reference
+from trifuse import analysis, nn, reference
 from trifuse.backends import BackendUnavailable, backend, explain
 from trifuse.ops import (
     causal_conv1d,
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "__version__",
+    "analysis",
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",

@@ -1,6 +1,7 @@
 """trifuse's kernels under the names that other people's code imports.
 
-``install()`` makes ``mamba_ssm`` and ``causal_conv1d`` importable, and transformers' Mamba models use the kernels.
+``install()`` makes ``mamba_ssm``, ``causal_conv1d`` and ``gaussian_adaptive_attention`` importable, and transformers'
+Mamba models use the kernels.
 Importing trifuse, or this module, changes nothing.
 """
 
@@ -13,15 +14,21 @@ __all__ = ["install", "uninstall"]
 _finder: stand_ins.Finder | None = None
 _hook: transformers_hook.Hook | None = None
 
+# What transformers' models ask for.
+OF_TRANSFORMERS = {"mamba_ssm", "causal_conv1d"}
+
 
 def install(force: bool = False) -> tuple[str, ...]:
-    """Serve ``import mamba_ssm`` and ``import causal_conv1d`` with trifuse, and put it into transformers' Mamba models.
+    """Serve ``mamba_ssm``, ``causal_conv1d`` and ``gaussian_adaptive_attention`` with trifuse, and put it into
+    transformers' Mamba models.
 
     Call it before transformers' models are imported. The modules have the usual paths, names and signatures
     (``mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined``, ``causal_conv1d.causal_conv1d_fn``,
     ``mamba_ssm.Mamba``, ...) and work on CPUs and GPUs. In transformers the mixers of mamba, falcon_mamba, jamba,
     zamba, mamba2, bamba, zamba2, nemotron_h, granitemoehybrid and falcon_h1 then run on trifuse, each calling its
     submodules, so that adapters on them are honoured; every other model that asks for these packages finds them.
+    The classes of ``gaussian_adaptive_attention`` are those of ``trifuse.nn`` with ``normalization="clamped"``, which
+    gives what the package gives; their ``eps`` is obeyed.
 
     Calling it again is allowed; it then only adds what ``force`` adds.
 
@@ -29,8 +36,8 @@ def install(force: bool = False) -> tuple[str, ...]:
         force: also stand in for a package that is installed. Without it an installed package is left alone.
 
     Returns:
-        The names of the packages that trifuse stands in for: with both installed and no ``force``, none, and
-        transformers is left alone too.
+        The names of the packages that trifuse stands in for: with all installed and no ``force``, none. Without
+        ``mamba_ssm`` and ``causal_conv1d`` among them transformers is left alone too.
 
     Warns:
         RuntimeWarning: transformers' model code was imported before; it says what that means and what to do.
@@ -45,8 +52,9 @@ def install(force: bool = False) -> tuple[str, ...]:
         return ()
     _finder = stand_ins.Finder(wanted)
     _finder.start()
-    _hook = transformers_hook.Hook(mixers="mamba_ssm" in wanted)
-    _hook.start()
+    if OF_TRANSFORMERS & set(wanted):
+        _hook = transformers_hook.Hook(mixers="mamba_ssm" in wanted)
+        _hook.start()
     return wanted
 
 
@@ -56,5 +64,6 @@ def uninstall() -> None:
     if _finder is None:
         return
     _finder.stop()
-    _hook.stop()
+    if _hook is not None:
+        _hook.stop()
     _finder = _hook = None

@@ -1,4 +1,4 @@
-"""Makes ``mamba_ssm`` and ``causal_conv1d`` importable: a finder of modules and of their metadata."""
+"""Makes the packages in ``VERSIONS`` importable: a finder of modules and of their metadata."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ __all__ = ["VERSIONS", "Finder", "is_installed", "is_ours"]
 ROOT = Path(__file__).parent / "published"
 
 # The releases whose interfaces the stand-ins have. The local part says whose code answers; versions compare as usual.
-VERSIONS = {"mamba_ssm": "2.3.2+trifuse", "causal_conv1d": "1.6.1+trifuse"}
+VERSIONS = {
+    "mamba_ssm": "2.3.2+trifuse",
+    "causal_conv1d": "1.6.1+trifuse",
+    "gaussian_adaptive_attention": "0.1.5+trifuse",
+}
 
 
 class _Distribution(importlib.metadata.Distribution):

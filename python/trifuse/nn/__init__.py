@@ -2,6 +2,7 @@
 
 from trifuse.nn.bidirectional_mamba import BidirectionalMamba
 from trifuse.nn.block import InferenceParams
+from trifuse.nn.gaussian import GaussianAdaptiveAttention, GaussianBlock, MultiHeadGaussianAdaptiveAttention
 from trifuse.nn.lru import LRU
 from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
@@ -17,6 +18,8 @@ __all__ = [
     "QLSTM",
     "RGLRU",
     "BidirectionalMamba",
+    "GaussianAdaptiveAttention",
+    "GaussianBlock",
     "InferenceParams",
     "Mamba",
     "Mamba2",
@@ -24,5 +27,6 @@ __all__ = [
     "MambaLM",
     "MambaLMConfig",
     "MinGRU",
+    "MultiHeadGaussianAdaptiveAttention",
     "RMSNormGated",
 ]

@@ -192,7 +192,7 @@ class OpSubject(Subject):
     def smallest(self, device: str) -> Inputs:
         """The smallest call, to ask backends about."""
         one = Workload("smallest", "", self.op, {**dict.fromkeys(self.explained, 1), **self.least})
-        return self.make(one, Draw(device, None))
+        return self.make(one, Draw(device))  # of real values: some arguments have to be positive
 
     def refusals(self, backend: str, device: str) -> list[str]:
         """Why a backend cannot take the smallest call on a device."""

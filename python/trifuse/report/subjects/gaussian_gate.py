@@ -39,13 +39,13 @@ class GaussianGate(OpSubject):
         self.contenders = backend_contenders(self.ours, self.refusals, dtypes=("float32",)) | RIVALS
 
     def quick(self) -> tuple[Workload, ...]:
-        def work(name: str, title: str, shape: dict[str, int], rank: int) -> Workload:
-            both = ((FWD, ("reference", "compiled")), (FWD_BWD, ("reference", "compiled")))
-            return Workload(name, title, self.op, shape, rivals=both, rank=rank)
+        def work(name: str, title: str, shape: dict[str, int], rival: str, rank: int) -> Workload:
+            return Workload(name, title, self.op, shape, rivals=((FWD, (rival,)), (FWD_BWD, (rival,))), rank=rank)
 
+        density = sizes(B=8, N=1, T=512, F=1024, H=8, K=5)
         return (
-            work(FEATURE, "feature gate over 24 layers of a speech encoder", self.explained, 2),
-            work(DENSITY, "density gate, 8 heads of 5 Gaussians", sizes(B=8, N=1, T=512, F=1024, H=8, K=5), 3),
+            work(FEATURE, "feature gate over 24 layers of a speech encoder", self.explained, "compiled", 2),
+            work(DENSITY, "density gate, 8 heads of 5 Gaussians", density, "reference", 3),
         )
 
     def for_cuda(self, workload: Workload) -> Workload:

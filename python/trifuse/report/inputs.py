@@ -113,9 +113,10 @@ def taken(axes: Axes, name: str, tensor: Tensor, layout: str, letter: str, index
 
 
 class Draw:
-    """Where the values of a call come from: a seeded generator, or, without a seed, nothing at all.
+    """Where the values of a call come from: a seeded generator, or, without a seed, they are all one.
 
-    Empty tensors are for asking what a call would run on; they work as fake tensors of any device.
+    Those are for asking what a call would run on, so no check of values may stumble over them; they work as fake
+    tensors of any device.
     """
 
     def __init__(self, device: str | torch.device, seed: int | None = 0):
@@ -124,12 +125,12 @@ class Draw:
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.generator is None:
-            return torch.empty(shape, device=self.device, dtype=dtype)
+            return torch.ones(shape, device=self.device, dtype=dtype)
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
 
     def uniform(self, *shape: int) -> Tensor:
         if self.generator is None:
-            return torch.empty(shape, device=self.device)
+            return torch.ones(shape, device=self.device)
         return torch.rand(shape, generator=self.generator, device=self.device)
 
     def step_bias(self, channels: int) -> Tensor:

@@ -3,6 +3,13 @@
 
 #include "trifuse/types.h"
 
+// Members of parameters that kernels of a device call too.
+#if defined(__CUDACC__)
+#define TRIFUSE_EVERYWHERE __host__ __device__
+#else
+#define TRIFUSE_EVERYWHERE
+#endif
+
 namespace trifuse {
 
 // An (outer, axis, inner) tensor wherever its elements lie; strides are in elements. A slice is what one pair

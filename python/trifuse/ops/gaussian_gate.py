@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -96,7 +95,7 @@ def gaussian_gate(
     The parameters are of the dtype of ``x`` or float32 (beside float64: float64 or float32). Statistics and
     exponentials are computed in float32 (float64 for float64), also under autocast. Where fewer than 2 entries take
     part the variance is 0, so v is `eps`. All tensor arguments are differentiable once; for second derivatives use
-    ``with trifuse.backend("reference")``. Kept for the backward pass are ``x`` and two numbers per slice. The values
+    ``with trifuse.backend("reference")``. Kept for the backward pass are ``x`` and three numbers per slice. The values
     of widths are checked on CPU tensors only: a look at a device's would wait for it.
 
     Returns:
@@ -124,30 +123,23 @@ def gaussian_gate(
 
 def kernel_arguments(call: Call, slices: Slices) -> tuple:
     """The arguments of the registered op: ``x`` and the mask as (outer, axis, inner), and the parameters as every kind
-    has them: per row an offset and an inverse width for each Gaussian, and their common factor."""
+    has them: per row an offset and a width for each Gaussian."""
     acc = torch.promote_types(call.x.dtype, torch.float32)
-    width, rows, floor = call.width.to(acc), call.num_heads, 0.0
-    outer, share, amplitude = False, 1, None
+    outer, share, rows, floor = False, 1, call.num_heads, 0.0
     if call.kind == "feature":
         outer, share = slices.place_of(call.feature_dim)
-        rows, floor = width.shape[0], FEATURE_FLOOR
-        sharpness = width.rsqrt()
-    else:
-        sharpness = width.reciprocal()
-    sharpness = sharpness.reshape(rows, -1).contiguous()
-    if call.mean_offset is None:
-        offset = torch.zeros_like(sharpness)
-    else:
-        offset = call.mean_offset.to(acc).reshape(rows, -1).contiguous()
+        rows, floor = call.width.shape[0], FEATURE_FLOOR
+    gaussians = call.width.shape[-1] if call.kind == "density" else 1
+    width = call.width.to(acc).reshape(rows, gaussians).contiguous()
+    offset = torch.zeros_like(width)
+    if call.mean_offset is not None:
+        offset = call.mean_offset.to(acc).reshape(rows, gaussians).contiguous()
+    alpha = None
     if call.kind == "density":
-        scale = 1 / (width.shape[-1] * math.sqrt(2 * math.pi))
-        if call.alpha is None:
-            amplitude = torch.full((rows,), scale, dtype=acc, device=call.x.device)
-        else:
-            amplitude = (call.alpha.to(acc) * scale).contiguous()
+        alpha = width.new_ones((rows,)) if call.alpha is None else call.alpha.to(acc).contiguous()
     return (
-        slices.take(call.x), offset, sharpness, amplitude, None if call.mask is None else slices.take(call.mask),
-        call.num_heads, share, outer, call.eps + floor, call.kind == "density", call.multiply,
+        slices.take(call.x), offset, width, alpha, None if call.mask is None else slices.take(call.mask),
+        call.num_heads, share, outer, call.eps + floor, call.kind == "feature", call.multiply,
     )  # fmt: skip
 
 
@@ -257,3 +249,4 @@ def _parameters(
 
 GATE = Op(OP, prepare, {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")})
 GATE.backend("reference", lambda call: [])
+kernels.register_backends(GATE)

@@ -12,40 +12,40 @@ from trifuse._library import LIB
 from trifuse.backends import Op
 from trifuse.registration import common
 
-# gate = base + amplitude * sum_k exp(-z_k^2 / 2) with z_k = (x - mean - offset[row, k]) * sharpness[row, k] / sqrt(v);
-# base and amplitude are 0 and 1 where `amplitude` is None, and 1 and amplitude[row] elsewhere. x is (outer, axis,
-# inner). Its row is its head, a piece of the axis, where there is more than one; otherwise index // share % rows, with
-# the index of its slice among the outer ones if `outer`, among the inner ones elsewhere.
-_PARAMETERS = "Tensor x, Tensor offset, Tensor sharpness, Tensor? amplitude, Tensor? mask"
-_FLAGS = "int heads, int share, bool outer, float eps, bool unbiased, bool multiply"
+# Without `alpha` gate = exp(-z^2 / 2) and the variance v is biased; with it v is unbiased and
+# gate = 1 + alpha[row] mean_k exp(-z_k^2 / 2) / sqrt(2 pi). z_k = (x - mean - offset[row, k]) / width[row, k] / sqrt(v);
+# v counts eps, and `squared` puts the square root of the width in its place. x is (outer, axis, inner). The row of an
+# entry is its head, a piece of the axis, where there is more than one; otherwise index // share % rows, the index of
+# its slice among the outer ones if `outer`, among the inner ones elsewhere.
+_PARAMETERS = "Tensor x, Tensor offset, Tensor width, Tensor? alpha, Tensor? mask"
+_FLAGS = "int heads, int share, bool outer, float eps, bool squared, bool multiply"
 _FWD = f"({_PARAMETERS}, {_FLAGS}) -> (Tensor out, Tensor stats)"
 _BWD = (
-    f"(Tensor dout, {_PARAMETERS}, Tensor stats, {_FLAGS}) -> "
-    "(Tensor dx, Tensor doffset, Tensor dsharpness, Tensor damplitude)"
+    f"(Tensor dout, {_PARAMETERS}, Tensor stats, {_FLAGS}) -> (Tensor dx, Tensor doffset, Tensor dwidth, Tensor dalpha)"
 )
 
 
-def _fwd_fake(x, offset, sharpness, amplitude, mask, heads, share, outer, eps, unbiased, multiply):
-    # stats: of every slice the mean and 1 / sqrt(v)
-    return x.new_empty(x.shape), offset.new_empty((2, heads, x.shape[0], x.shape[2]))
+def _fwd_fake(x, offset, width, alpha, mask, heads, share, outer, eps, squared, multiply):
+    # stats: of every slice the mean, what its rounding left of it, and 1 / sqrt(v)
+    return x.new_empty(x.shape), offset.new_empty((3, heads, x.shape[0], x.shape[2]))
 
 
-def _bwd_fake(dout, x, offset, sharpness, amplitude, mask, stats, heads, share, outer, eps, unbiased, multiply):
-    damplitude = offset.new_empty((0 if amplitude is None else offset.shape[0],))
-    return x.new_empty(x.shape), torch.empty_like(offset), torch.empty_like(sharpness), damplitude
+def _bwd_fake(dout, x, offset, width, alpha, mask, stats, heads, share, outer, eps, squared, multiply):
+    dalpha = offset.new_empty((0 if alpha is None else offset.shape[0],))
+    return x.new_empty(x.shape), torch.empty_like(offset), torch.empty_like(width), dalpha
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, heads, share, outer, eps, unbiased, multiply = inputs
-    ctx.flags = (heads, share, outer, eps, unbiased, multiply)
+    *tensors, heads, share, outer, eps, squared, multiply = inputs
+    ctx.flags = (heads, share, outer, eps, squared, multiply)
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(bwd_name: str, ctx: Any, dout: Tensor, dstats: Tensor) -> tuple:
     *tensors, stats = ctx.saved_tensors
-    dx, doffset, dsharpness, damplitude = getattr(torch.ops.trifuse, bwd_name)(dout, *tensors, stats, *ctx.flags)
-    return dx, doffset, dsharpness, None if tensors[3] is None else damplitude, *(None,) * 7
+    dx, doffset, dwidth, dalpha = getattr(torch.ops.trifuse, bwd_name)(dout, *tensors, stats, *ctx.flags)
+    return dx, doffset, dwidth, None if tensors[3] is None else dalpha, *(None,) * 7
 
 
 common.define("gaussian_gate_fwd", _FWD, _fwd_fake)
@@ -73,8 +73,6 @@ def _triton_refusals(call: Any) -> list[str]:
 
 def register_backends(op: Op) -> None:
     op.backend("cpp", common.cpp_refusals)
-    op.backend("cuda", _cuda_refusals)
-    op.backend("triton", _triton_refusals)
 
 
 def gate(backend: str, call: Any, arguments: tuple) -> Tensor:

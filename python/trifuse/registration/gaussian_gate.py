@@ -12,9 +12,9 @@ from trifuse._library import LIB
 from trifuse.backends import Op
 from trifuse.registration import common
 
-# Without `alpha` gate = exp(-z^2 / 2) and the variance v is biased; with it v is unbiased and
-# gate = 1 + alpha[row] mean_k exp(-z_k^2 / 2) / sqrt(2 pi). z_k = (x - mean - offset[row, k]) / width[row, k] / sqrt(v);
-# v counts eps, and `squared` puts the square root of the width in its place. x is (outer, axis, inner). The row of an
+# gate = exp(-z^2 / 2) without `alpha`, with the variance v biased; with it v is unbiased and the gate
+# 1 + alpha[row] mean_k exp(-z_k^2 / 2) / sqrt(2 pi). z_k = (x - mean - offset[row, k]) / (width[row, k] sqrt(v)); v
+# counts eps, and `squared` puts the square root of the width in its place. x is (outer, axis, inner). The row of an
 # entry is its head, a piece of the axis, where there is more than one; otherwise index // share % rows, the index of
 # its slice among the outer ones if `outer`, among the inner ones elsewhere.
 _PARAMETERS = "Tensor x, Tensor offset, Tensor width, Tensor? alpha, Tensor? mask"

@@ -3,6 +3,8 @@
 from trifuse.nn.bidirectional_mamba import BidirectionalMamba
 from trifuse.nn.block import InferenceParams
 from trifuse.nn.gaussian import GaussianAdaptiveAttention, GaussianBlock, MultiHeadGaussianAdaptiveAttention
+from trifuse.nn.gaussian_multihead import MultiheadGaussianAttention
+from trifuse.nn.gaussian_transformer import GaussianTransformerLayer
 from trifuse.nn.lru import LRU
 from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
@@ -20,6 +22,7 @@ __all__ = [
     "BidirectionalMamba",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GaussianTransformerLayer",
     "InferenceParams",
     "Mamba",
     "Mamba2",
@@ -28,5 +31,6 @@ __all__ = [
     "MambaLMConfig",
     "MinGRU",
     "MultiHeadGaussianAdaptiveAttention",
+    "MultiheadGaussianAttention",
     "RMSNormGated",
 ]

@@ -255,7 +255,7 @@ def test_copies_and_pickles_are_the_same_module() -> None:
         assert repr(other) == repr(made) and "eps=0.0001" in repr(made)
 
 
-def test_pruned_and_parametrized_heads_are_honoured() -> None:
+def test_parametrized_heads_are_honoured() -> None:
     layer = clear(MultiHeadGaussianAdaptiveAttention(-1, 2, 3))
     x = torch.randn(2, 8)
     expected = copy.deepcopy(layer)

@@ -12,6 +12,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from trifuse.nn import GaussianTransformerLayer, MultiheadGaussianAttention
@@ -392,6 +394,44 @@ def test_sequences_of_length_zero_and_one() -> None:
         out, weights = module(x, none, none, need_weights=need_weights)
         close(out, module.out_proj.bias.expand(2, 1, -1))
         assert weights is None or weights.shape == (2, 1, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_kernel_and_the_stored_weights_agree(data) -> None:
+    """Any combination of arguments, with the weights and without."""
+    pick = data.draw
+    heads, head_dim, batch, queries, keys = (pick(st.integers(1, most), name) for most, name in (
+        (4, "heads"), (5, "head_dim"), (3, "batch"), (9, "L"), (9, "S")))  # fmt: skip
+    torch.manual_seed(pick(st.integers(0, 99), "seed"))
+    flags = {name: pick(st.booleans(), name) for name in ("bias", "add_bias_kv", "add_zero_attn", "batch_first")}
+    sizes = {name: pick(st.sampled_from((None, 3)), name) for name in ("kdim", "vdim")}
+    kind = pick(st.sampled_from(KINDS), "kind")
+    module = MultiheadGaussianAttention(
+        heads * head_dim,
+        heads,
+        **flags,
+        **sizes,
+        dtype=torch.float64,
+        kind=kind,
+        sigma=2.0 if "local" in kind else None,
+    )
+    shapes = ((queries, heads * head_dim), (keys, module.kdim), (keys, module.vdim))
+    inputs = [torch.randn(batch, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    padding = mask = None
+    if pick(st.booleans(), "padded"):
+        padding = torch.rand(batch, keys) < 0.3
+    if pick(st.booleans(), "masked"):
+        full = (batch * heads, queries, keys) if pick(st.booleans(), "3-D") else (queries, keys)
+        mask = torch.rand(full) < 0.3 if pick(st.booleans(), "bool") else torch.randn(full, dtype=torch.float64)
+    causal = mask is None and pick(st.booleans(), "causal")
+    given_inputs = [x if module.batch_first else x.transpose(0, 1) for x in inputs]
+    results = []
+    for need_weights in (False, True):
+        out, _ = module(*given_inputs, padding, need_weights, mask, is_causal=causal)
+        results.append([out, *gradients(module, (out * out.detach().cos()).sum(), *inputs)])
+    for one, other in zip(*results, strict=True):
+        close(one, other)
 
 
 X = torch.zeros(2, 4, 12)

@@ -252,7 +252,7 @@ def _weigh(
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
-    """``getattr``, without its search where the parameter is a plain one (not pruned, not parametrized)."""
+    """``getattr``, without its search where the parameter is a plain one (not a parametrized one, say)."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found
 

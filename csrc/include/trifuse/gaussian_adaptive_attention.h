@@ -6,12 +6,15 @@
 
 namespace trifuse {
 
-// Per head, in double: a = sum 1/c_k^2, b = sum delta_k/c_k^2. With m the mean of a slice, v its unbiased variance
-// plus eps (eps alone where fewer than two entries take part) and d = x - m the exponent of an entry is
-//   l = -(d - b/a)^2 a / (2 v),                                        w = exp(l - Z)
-// which is the log of the product of the Gaussians up to a constant of the slice:
-//   log p = l + c0,  c0 = -(sum delta_k^2/c_k^2 - b^2/a) / (2 v) - (K/2) log 2 pi - sum log|c_k|
-// Z is logsumexp(l); when clamped it is max(logsumexp(l), log eps - c0), and where that is log eps - c0 no gradient
+// Per head, in double: a = sum 1/c_k^2, b = sum delta_k/c_k^2, beta = b/a. With m the mean of a slice, v its unbiased
+// variance plus eps (eps alone where fewer than two entries take part) and e = x - m - beta the log of the product of
+// the Gaussians is
+//   l + c0 with l = -e^2 a / (2 v),
+//               c0 = -(sum delta_k^2/c_k^2 - b^2/a) / (2 v) - (K/2) log 2 pi - sum log|c_k|
+// and with r the least e^2 of the slice
+//   w = exp((r - e^2) a / (2 v)) / sum exp(..)
+// A logsumexp is not kept: in a slice of little variance it is far too large for its rounding. r is, and both passes
+// sum up the same exponentials. Clamped, where logsumexp(l) + c0 < log eps: w = exp(l + c0 - log eps), and no gradient
 // flows through the sum, but through c0.
 struct GaussianAdaptiveAttentionShape : SliceShape {
   int64_t heads = 1;      // consecutive pieces of the axis, length / heads each; the last takes the rest
@@ -32,8 +35,8 @@ struct GaussianAdaptiveAttentionShape : SliceShape {
   int64_t slices() const { return outer * inner; }
 };
 
-// stats: (3, heads, outer, inner), float (double for double), contiguous: the mean; 1/v, negative where the clamp
-// acts; Z. Where nothing takes part they may be anything finite.
+// stats: (3, heads, outer, inner), float (double for double), contiguous: the mean m; 1/v, negative where the clamp
+// acts; r. Where nothing takes part they may be anything.
 struct GaussianAdaptiveAttentionParams : GaussianAdaptiveAttentionShape {
   void* out = nullptr;      // (outer, length, inner), dense
   void* weights = nullptr;  // likewise, or null: not asked for

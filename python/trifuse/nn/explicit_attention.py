@@ -46,10 +46,12 @@ def attend(
         bias = _bias(queries, keys, sigma, attn_mask, key_padding_mask, is_causal, acc, q.device)
         logits = _scores(q.to(acc), k.to(acc), gamma)
         if bias is not None:
-            logits = logits + F.pad(bias, (0, added))
-        # softmax of nothing but -inf is NaN, in its gradient too
-        empty = (logits == -math.inf).all(-1, keepdim=True)
-        weights = torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+            logits = logits + (F.pad(bias, (0, added)) if added else bias)
+        if attn_mask is None and key_padding_mask is None:
+            weights = torch.softmax(logits, -1)
+        else:  # softmax of nothing but -inf is NaN, in its gradient too
+            empty = (logits == -math.inf).all(-1, keepdim=True)
+            weights = torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         weights = F.dropout(weights, dropout) if dropout else weights
         weights = weights.to(q.dtype)
         return weights @ v, weights

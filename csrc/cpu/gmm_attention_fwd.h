@@ -10,19 +10,17 @@ namespace gmm {
 
 constexpr int64_t kSmallWork = 1 << 14;  // elements below which a second thread costs more than it brings
 
-// Positions that take part and their weights, in order. Weights so small that products with them would be subnormal
-// stand apart, lifted.
+// Positions that take part and their weights, in order.
 template <class T>
 struct Rows {
   std::vector<int64_t> position;
   std::vector<T> weight;
-  void clear() {
-    position.clear();
-    weight.clear();
-  }
-  void add(int64_t j, T w) {
-    position.push_back(j);
-    weight.push_back(w);
+  int64_t count = 0;
+
+  explicit Rows(int64_t most) : position(most), weight(most) {}
+  TRIFUSE_INLINE void add(int64_t j, T w) {
+    position[count] = j;
+    weight[count++] = w;
   }
 };
 
@@ -51,39 +49,44 @@ TRIFUSE_INLINE void add_rows(T* sum, const S* values, int64_t row, const int64_t
   }
 }
 
-// The same where neighbours in memory are positions, or nothing is.
+// The same of `count` rows where neighbours in memory are positions, or nothing is.
 template <class T, class S>
-void add_strided(T* sum, const S* values, int64_t row, int64_t column, const Rows<T>& rows, int64_t n) {
+void add_strided(T* sum, const S* values, int64_t row, int64_t column, const int64_t* position, const T* weight,
+                 int64_t count, int64_t n) {
   constexpr int kSums = 8;
-  const int64_t count = int64_t(rows.position.size());
   for (int64_t e = 0; e < n; ++e) {
     T x[kSums] = {};
     int64_t i = 0;
     for (; i + kSums <= count; i += kSums) {
 #pragma GCC unroll 8
-      for (int s = 0; s < kSums; ++s) {
-        x[s] += rows.weight[i + s] * scalar_as<T>(values[rows.position[i + s] * row + e * column]);
-      }
+      for (int s = 0; s < kSums; ++s) x[s] += weight[i + s] * scalar_as<T>(values[position[i + s] * row + e * column]);
     }
-    for (; i < count; ++i) x[0] += rows.weight[i] * scalar_as<T>(values[rows.position[i] * row + e * column]);
+    for (; i < count; ++i) x[0] += weight[i] * scalar_as<T>(values[position[i] * row + e * column]);
     sum[e] += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
   }
 }
 
+// total[0 .. n) = the sum of all rows with their weights. `part` holds the sum of one block: n numbers.
 template <class T, class S>
-void sum_rows(T* sum, const S* values, int64_t row, int64_t column, const Rows<T>& rows, int64_t n) {
-  std::fill(sum, sum + n, T(0));
-  if (column != 1 && n > 1) return add_strided(sum, values, row, column, rows, n);
-  const int64_t count = int64_t(rows.position.size());
-  const int64_t* position = rows.position.data();
-  const T* weight = rows.weight.data();
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) add_rows<8>(sum, values, row, position + i, weight + i, n);
-  if (count - i >= 4) {
-    add_rows<4>(sum, values, row, position + i, weight + i, n);
-    i += 4;
+void sum_rows(T* total, T* part, const S* values, int64_t row, int64_t column, const Rows<T>& rows, int64_t n) {
+  constexpr int64_t block = 512;
+  std::fill(total, total + n, T(0));
+  for (int64_t begin = 0; begin < rows.count; begin += block) {
+    const int64_t count = std::min(block, rows.count - begin);
+    const int64_t* position = rows.position.data() + begin;
+    const T* weight = rows.weight.data() + begin;
+    T* sum = begin ? part : total;
+    if (begin) std::fill(part, part + n, T(0));
+    if (column != 1 && n > 1) {
+      add_strided(sum, values, row, column, position, weight, count, n);
+    } else {
+      int64_t i = 0;
+      for (; i + 8 <= count; i += 8) add_rows<8>(sum, values, row, position + i, weight + i, n);
+      for (; i + 4 <= count; i += 4) add_rows<4>(sum, values, row, position + i, weight + i, n);
+      for (; i < count; ++i) add_rows<1>(sum, values, row, position + i, weight + i, n);
+    }
+    for (int64_t e = 0; begin && e < n; ++e) total[e] += part[e];
   }
-  for (; i < count; ++i) add_rows<1>(sum, values, row, position + i, weight + i, n);
 }
 
 template <class T, class S>
@@ -96,7 +99,10 @@ class Forward {
         step_(p.components),
         slope_(p.components),
         sum_(p.width),
-        small_sum_(p.width) {}
+        part_(p.width),
+        small_sum_(p.width),
+        rows_(p.length),
+        small_(p.length) {}
 
   // The alignment of batch item b, stored if asked for, and the rows to sum.
   void align(int64_t b, bool store_it) {
@@ -128,9 +134,9 @@ class Forward {
     const S* values = static_cast<const S*>(p_.values.ptr) + b * p_.values.batch + begin * p_.values.dim;
     S* context = static_cast<S*>(p_.context) + b * p_.width + begin;
     const int64_t n = end - begin;
-    sum_rows(sum_.data(), values, p_.values.time, p_.values.dim, rows_, n);
-    if (!small_.position.empty()) {
-      sum_rows(small_sum_.data(), values, p_.values.time, p_.values.dim, small_, n);
+    sum_rows(sum_.data(), part_.data(), values, p_.values.time, p_.values.dim, rows_, n);
+    if (small_.count) {
+      sum_rows(small_sum_.data(), part_.data(), values, p_.values.time, p_.values.dim, small_, n);
       for (int64_t e = 0; e < n; ++e) sum_[e] += small_sum_[e] * unlift_;
     }
     int64_t e = 0;
@@ -149,8 +155,7 @@ class Forward {
 
   void collect(T* alignment) {
     constexpr T smallest = sizeof(T) == 4 ? T(0x1p-100) : T(0x1p-960);
-    rows_.clear();
-    small_.clear();
+    rows_.count = small_.count = 0;
     for (int64_t j = 0; j < p_.length; ++j) {
       const bool taken = reached_[j];
       const T lifted = taken ? lifted_[j] : T(0), weight = lifted * unlift_;
@@ -169,9 +174,9 @@ class Forward {
   Reached reached_;
   std::vector<Bell<T>> bells_;
   std::vector<double> step_, slope_;
-  std::vector<T> sum_, small_sum_;
+  std::vector<T> sum_, part_, small_sum_;
   T unlift_ = 1;
-  Rows<T> rows_, small_;
+  Rows<T> rows_, small_;  // the small ones' weights are lifted: products with what they are would be subnormal
 };
 
 template <class T, class S>

@@ -114,20 +114,22 @@ def prepare(
     check.dtype(op, "values", values, check.SEQUENCE_DTYPES)
     batch, length, _ = values.shape
     check.rank(op, "weight", weight, 2, "(B, K)")
+    expected, acc = (batch, weight.shape[1]), torch.promote_types(values.dtype, torch.float32)
     for name, tensor in mixture.items():
-        check.shape(op, name, tensor, (batch, weight.shape[1]), "(B, K)")
-        check.weight_dtype(op, name, tensor, values)
+        check.shape(op, name, tensor, expected, "(B, K)")
+        if tensor.dtype != acc:
+            check.weight_dtype(op, name, tensor, values)
+            mixture[name] = tensor.to(acc)
     check.same_device(op, values, **mixture, key_padding_mask=key_padding_mask)
     if key_padding_mask is not None:
         check.dtype(op, "key_padding_mask", key_padding_mask, (torch.bool,))
         check.shape(op, "key_padding_mask", key_padding_mask, (batch, length), "(B, T)")
     # Only the host's copy is free to look at.
-    if sigma.device.type == "cpu" and values_are_known(sigma) and sigma.numel():
+    if sigma.is_cpu and values_are_known(sigma) and sigma.numel():
         smallest = sigma.detach().min().item()
         if smallest <= 0:
             raise ValueError(f"{op}: sigma holds {smallest:g}; it must be above 0")
-    acc = torch.promote_types(values.dtype, torch.float32)
-    return Call(values, *(tensor.to(acc) for tensor in mixture.values()), key_padding_mask)
+    return Call(values, *mixture.values(), key_padding_mask)
 
 
 STEP = Op("gmm_attention_step", prepare, {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")})

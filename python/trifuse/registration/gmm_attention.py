@@ -62,15 +62,24 @@ for _suffix in common.SUFFIXES:
         f"trifuse::{fwd}", functools.partial(_backward, bwd), setup_context=_setup_context, lib=LIB
     )
     torch.library.register_autograd(f"trifuse::{bwd}", common.no_second_derivative("gmm_attention_step"), lib=LIB)
+common.implement_triton("gmm_attention", "gmm_attention_fwd", "gmm_attention_bwd")
 
 
 def _cuda_refusals(call: Any) -> list[str]:
     return ["it has no kernel of this op, whose kernel for GPUs is Triton's"]
 
 
+def _triton_refusals(call: Any) -> list[str]:
+    reasons = common.triton_refusals(call, call.values)
+    if call.values.dtype == torch.float64:
+        reasons.append("it computes in float32, and the inputs are float64")
+    return reasons
+
+
 def register_backends(op: Op) -> None:
     op.backend("cpp", common.cpp_refusals)
     op.backend("cuda", _cuda_refusals)
+    op.backend("triton", _triton_refusals)
 
 
 def step(backend: str, call: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -494,6 +494,24 @@ def test_the_layer_with_adaptive_attention_over_features(norm_first: bool) -> No
     assert [p.shape for p in twin.parameters()] == [p.shape for p in layer.parameters()]
 
 
+def test_the_layer_exports_with_dynamic_shapes() -> None:
+    torch.manual_seed(0)
+    layer = GaussianTransformerLayer(12, 3, 16, batch_first=True, kind="rbf+local", gaam_heads=2).eval()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    exported = torch.export.export(layer, (torch.randn(2, 6, 12),), dynamic_shapes=(sizes,)).module()
+    x = torch.randn(3, 9, 12)
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_a_padded_encoder_of_torch_in_inference() -> None:
+    layer = GaussianTransformerLayer(12, 3, 16, batch_first=True)
+    with pytest.warns(UserWarning, match="use_nested_tensor is False"):
+        encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 6, 12), torch.tensor([[False] * 6, [False] * 3 + [True] * 3])
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=padding)[1:, :3], encoder(x[1:, :3]))
+
+
 def test_the_layer_trains_with_dropout_and_keeps_to_the_kernel() -> None:
     torch.manual_seed(0)
     layer = GaussianTransformerLayer(12, 3, 16, batch_first=True)

@@ -63,22 +63,13 @@ common.implement_triton(
 )
 
 
-def _gpu_refusals(call: Any) -> list[str]:
-    if call.x.dtype == torch.float64:
-        return ["it computes in float32, and the inputs are float64"]
-    return []
-
-
-def _cuda_refusals(call: Any) -> list[str]:
-    return common.cuda_refusals(call) + _gpu_refusals(call)
-
-
 def _triton_refusals(call: Any) -> list[str]:
-    return common.triton_refusals(call, call.x) + _gpu_refusals(call)
+    return common.triton_refusals(call, call.x)
 
 
 def register_backends(op: Op) -> None:
     """The kernels join here as they are written."""
+    op.backend("triton", _triton_refusals)
 
 
 def attend(backend: str, call: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,111 @@
+"""Before the products of Gaussian attention, in Triton: q and k moved to a common centre, and their squared norms.
+
+Distances do not change when q and k are moved alike, and `||q||^2 + ||k||^2 - 2 q.k` keeps its digits only near the
+origin. The centre is a mean of keys, one per batch item, head of keys and sequence. What is moved goes to memory, where
+the products' kernels find it as they would find q and k.
+
+In half precision the moved numbers must still be exact, since lse and the gradient of gamma are float32. Per column the
+centre is either 0, or, where the keys all lie far to one side of it, their mean rounded to the dtype: what lies within
+a factor of two of that moves without rounding. What does not is kept whole as a sum of two numbers, and `low_seen`
+tells the kernels, which otherwise take one product, to take the others too.
+"""
+
+import triton
+import triton.language as tl
+
+from trifuse.triton_kernels.common import wide
+
+__all__ = ["centre_kernel", "move_kernel"]
+
+SAMPLES = tl.constexpr(512)  # of keys, at even steps, that are enough for a mean
+
+
+@triton.jit
+def _sample(k, stride, padding, padding_stride, r, d, keys, head_dim):
+    """Keys r as float32, and which of their numbers count: not those of padding, of NaN or of infinity."""
+    there = r < keys
+    if padding is not None:
+        there = there & (tl.load(padding + r * padding_stride, mask=there, other=1) == 0)
+    mask = there[:, None] & (d < head_dim)[None, :]
+    x = tl.load(k + r[:, None] * stride[2] + d[None, :] * stride[3], mask=mask, other=0.0).to(tl.float32)
+    return x, mask & (tl.abs(x) < float("inf"))
+
+
+@triton.jit
+def centre_kernel(
+    k, padding, offsets, centre, k_strides, padding_strides, kv_heads, keys, head_dim, sequences,
+    HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The centre of one sequence and head of keys."""
+    program = wide(tl.program_id(0))
+    sequence, head, batch = program % sequences, program // sequences % kv_heads, program // sequences // kv_heads
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    k += batch * k_strides[0] + head * k_strides[1]
+    n = wide(keys)
+    first = wide(0)
+    if offsets is not None:
+        first = tl.load(offsets + sequence)
+        n = tl.load(offsets + sequence + 1) - first
+        k += first * k_strides[2]
+    padding_stride = 0
+    step = tl.maximum(n // SAMPLES, 1)
+    if padding is not None:  # what is no padding may be few
+        padding += batch * padding_strides[0] + first * padding_strides[1]
+        padding_stride = padding_strides[1]
+        step = wide(1)
+    total, count = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, tl.cdiv(n, step), BLOCK_R):
+        r = (start + tl.arange(0, BLOCK_R)) * step
+        x, counts = _sample(k, k_strides, padding, padding_stride, r, d, n, head_dim)
+        total += tl.sum(tl.where(counts, x, 0.0), 0)
+        count += tl.sum(counts.to(tl.float32), 0)
+    mean = total / tl.maximum(count, 1.0)
+    mean = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+    if HALF:
+        mean = mean.to(k.dtype.element_ty).to(tl.float32)
+        farthest = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, tl.cdiv(n, step), BLOCK_R):
+            r = (start + tl.arange(0, BLOCK_R)) * step
+            x, counts = _sample(k, k_strides, padding, padding_stride, r, d, n, head_dim)
+            farthest = tl.maximum(farthest, tl.max(tl.where(counts, tl.abs(x - mean[None, :]), 0.0), 0))
+        mean = tl.where(farthest < tl.abs(mean), mean, 0.0)
+    tl.store(centre + program * head_dim + d, mean, mask=d < head_dim)
+
+
+@triton.jit
+def move_kernel(
+    x, centre, sequence_of, padding, moved, low, low_seen, norms, x_strides, padding_strides, heads, kv_heads, length,
+    head_dim, sequences, n_blocks,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of a block of rows of q or k: moved by the centre, in its dtype and what that rounds off, and the squared norms.
+    Without a centre the norms alone."""
+    program = wide(tl.program_id(0))
+    block, head, batch = program % n_blocks, program // n_blocks % heads, program // n_blocks // heads
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    there = r < length
+    mask = there[:, None] & (d < head_dim)[None, :]
+    counts = mask
+    if padding is not None:  # may hold NaN, which no product with a weight of 0 takes away
+        keep = tl.load(padding + batch * padding_strides[0] + r * padding_strides[1], mask=there, other=1) == 0
+        counts = mask & keep[:, None]
+    at = x + batch * x_strides[0] + head * x_strides[1] + r[:, None] * x_strides[2] + d[None, :] * x_strides[3]
+    value = tl.load(at, mask=counts, other=0.0).to(tl.float32)
+    row = (batch * heads + head) * length + r
+    if centre is not None:
+        place = (batch * kv_heads + head // (heads // kv_heads)) * sequences
+        if sequence_of is not None:
+            place += tl.load(sequence_of + r, mask=there, other=0)
+        else:
+            place += r * 0
+        shift = tl.load(centre + place[:, None] * head_dim + d[None, :], mask=mask, other=0.0)
+        value = tl.where(counts, value - shift, 0.0)
+        high = value.to(moved.dtype.element_ty)
+        tl.store(moved + row[:, None] * head_dim + d[None, :], high, mask=mask)
+        if low is not None:
+            rest = value - high.to(tl.float32)
+            tl.store(low + row[:, None] * head_dim + d[None, :], rest.to(low.dtype.element_ty), mask=mask)
+            # Every program that writes writes the same.
+            tl.store(low_seen + place, 1, mask=there & (tl.max((rest != 0.0).to(tl.int32), 1) > 0))
+    tl.store(norms + row, tl.sum(value * value, 1), mask=there)

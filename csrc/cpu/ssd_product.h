@@ -1,11 +1,10 @@
-// Matrix products of ssd on blocks in cache: register tiles of rows by vectors, the left factor read number
-// by number (so by rows or by columns alike), the right one and the result by vectors.
+// Matrix products of ssd on blocks in cache, with the bands and scales that its chunks need.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "trifuse/simd.h"
+#include "product.h"
 
 namespace trifuse::cpu {
 namespace {
@@ -14,16 +13,6 @@ namespace ssd {
 // Which of the second product's terms exist: all, those at or left of the diagonal, those at or right of it.
 // The others are not read: what stands there may be anything, NaN included.
 enum class Band { kAll, kLower, kUpper };
-
-// A left factor a[row * row_stride + k * k_stride] and a right factor b[k * ld + column].
-template <class T>
-struct Factors {
-  const T* a = nullptr;
-  int64_t row_stride = 0, k_stride = 0;
-  const T* b = nullptr;
-  int64_t ld = 0;
-  int64_t depth = 0;
-};
 
 // c = scale * init + row_scale[row] * (first product) + (second product), each part optional.
 // Columns are whole vectors; with a band the second product is square: k counts rows.
@@ -41,51 +30,11 @@ struct Product {
   Band band = Band::kAll;
 };
 
-constexpr int kTileRows = 6;
-constexpr int64_t kPiece = 128;  // terms that are summed one by one
-constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
-
-template <class T, int kRows, int kVectors>
-struct Tile {
-  Vec<T> sum[kRows][kVectors];
-
-  // Rows [kFrom, kTo) of one k.
-  template <int kFrom, int kTo>
-  TRIFUSE_INLINE void add(const Factors<T>& f, const T* a, const T* b) {
-    Vec<T> right[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) right[v] = load<T>(b + v * kLanes<T>);
-#pragma GCC unroll 8
-    for (int r = kFrom; r < kTo; ++r) {
-      const Vec<T> left = splat(a[r * f.row_stride]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
-    }
-  }
-  TRIFUSE_INLINE void add_range(const Factors<T>& f, const T* a, const T* b, int64_t from, int64_t to) {
-    a += from * f.k_stride;
-    b += from * f.ld;
-    for (int64_t k = from; k < to; ++k, a += f.k_stride, b += f.ld) add<0, kRows>(f, a, b);
-  }
-  // The kRows x kRows square on the diagonal, of which only one triangle exists.
-  template <bool kLower, int kK = 0>
-  TRIFUSE_INLINE void add_triangle(const Factors<T>& f, const T* a, const T* b) {
-    if constexpr (kK < kRows) {
-      add<kLower ? kK : 0, kLower ? kRows : kK + 1>(f, a + kK * f.k_stride, b + kK * f.ld);
-      add_triangle<kLower, kK + 1>(f, a, b);
-    }
-  }
-};
-
 template <class T, int kRows, int kVectors>
 __attribute__((noinline)) void multiply_tile(const Product<T>& p, int64_t row, int64_t column) {
   Tile<T, kRows, kVectors> tile;
   constexpr int lanes = kLanes<T>;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) tile.sum[r][v] = splat(T(0));
-  }
+  tile.clear();
   if (p.first.depth > 0) {
     const Factors<T> f = p.first;
     tile.add_range(f, f.a + row * f.row_stride, f.b + column, 0, f.depth);

@@ -5,6 +5,7 @@ from trifuse.nn.block import InferenceParams
 from trifuse.nn.gaussian import GaussianAdaptiveAttention, GaussianBlock, MultiHeadGaussianAdaptiveAttention
 from trifuse.nn.gaussian_multihead import MultiheadGaussianAttention
 from trifuse.nn.gaussian_transformer import GaussianTransformerLayer
+from trifuse.nn.gmm_attention import MonotonicGMMAttention
 from trifuse.nn.lru import LRU
 from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
@@ -30,6 +31,7 @@ __all__ = [
     "MambaLM",
     "MambaLMConfig",
     "MinGRU",
+    "MonotonicGMMAttention",
     "MultiHeadGaussianAdaptiveAttention",
     "MultiheadGaussianAttention",
     "RMSNormGated",

@@ -174,7 +174,7 @@ class MultiheadGaussianAttention(nn.MultiheadAttention):
             TypeError, ValueError: naming the argument, what it was and what it must be.
         """
         batched = self._check(query, key, value)
-        q, k, v = (self._split(x, batched) for x in self._project(query, key, value))
+        q, k, v = self._project(query, key, value)
         dropout = self.dropout if self.training else 0.0
         stored = need_weights or dropout > 0
         if is_causal and attn_mask is not None and not need_weights:
@@ -225,23 +225,25 @@ class MultiheadGaussianAttention(nn.MultiheadAttention):
         return batched
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
+        """q, k and v (B, H, L, head_dim), views of as few products as there are different inputs."""
         weight, bias, size = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        if weight is not None and query is key and key is value:
-            return F.linear(query, weight, bias).chunk(3, dim=-1)
         if weight is not None and key is value:
+            if query is key:
+                return self._split(F.linear(query, weight, bias), 3)
             of_query, of_both = (None, None) if bias is None else bias.split([size, 2 * size])
-            pair = F.linear(key, weight[size:], of_both).chunk(2, dim=-1)
-            return F.linear(query, weight[:size], of_query), *pair
+            (q,) = self._split(F.linear(query, weight[:size], of_query), 1)
+            return q, *self._split(F.linear(key, weight[size:], of_both), 2)
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        inputs = zip((query, key, value), weights, biases, strict=True)
+        return [self._split(F.linear(x, w, b), 1)[0] for x, w, b in inputs]
 
-    def _split(self, x: Tensor, batched: bool) -> Tensor:
-        """Projections as (B, H, L, head_dim), a view."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        if not batched:
-            return x.transpose(0, 1).unsqueeze(0)
-        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Projections side by side, each as (B, H, L, head_dim), a view."""
+        x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
+        if x.dim() == 4:
+            return x.permute(1, 2, 0, 3).unsqueeze(1).unbind()
+        return x.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind()
 
     def _join(self, out: Tensor, batched: bool) -> Tensor:
         """(B, H, L, head_dim) as the query came."""
@@ -262,7 +264,7 @@ class MultiheadGaussianAttention(nn.MultiheadAttention):
             full = (batch * heads, queries, keys)
             if tuple(mask.shape) not in (full, full[1:]):
                 raise ValueError(f"{NAME}: attn_mask has shape {tuple(mask.shape)}; it must be {full[1:]} or {full}")
-            mask = mask.view(batch, heads, queries, keys) if mask.dim() == 3 else mask
+            mask = mask.unflatten(0, (batch, heads)) if mask.dim() == 3 else mask
             mask = ~mask if mask.dtype == torch.bool else mask.to(acc)
         if padding is not None:
             wanted = (batch, keys) if batched else (keys,)

@@ -3,6 +3,7 @@
 from trifuse.nn.bidirectional_mamba import BidirectionalMamba
 from trifuse.nn.block import InferenceParams
 from trifuse.nn.gaussian import GaussianAdaptiveAttention, GaussianBlock, MultiHeadGaussianAdaptiveAttention
+from trifuse.nn.gaussian_context import GaussianContext2d
 from trifuse.nn.gaussian_multihead import MultiheadGaussianAttention
 from trifuse.nn.gaussian_transformer import GaussianTransformerLayer
 from trifuse.nn.gmm_attention import MonotonicGMMAttention
@@ -23,6 +24,7 @@ __all__ = [
     "BidirectionalMamba",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GaussianContext2d",
     "GaussianTransformerLayer",
     "InferenceParams",
     "Mamba",

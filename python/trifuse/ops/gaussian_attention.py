@@ -118,9 +118,9 @@ def gaussian_attention(
         BackendUnavailable: a backend was forced that cannot serve the call.
         RuntimeError: a second or a forward-mode derivative was asked of a native kernel.
 
-    Source: Tsai et al., "Transformer Dissection", 2019, section 3.2 (the RBF kernel); Yang et al., "Modeling Localness
-    for Self-Attention Networks", 2018, equations 4 to 6 (the window); Dao, "FlashAttention-2", 2023, algorithms 1
-    and 2 (the order of computation).
+    Source: Tsai et al., "Transformer Dissection", 2019 (attention as a kernel smoother, its kernel of distances);
+    Yang et al., "Modeling Localness for Self-Attention Networks", 2018 (the Gaussian bias with centre P and width
+    sigma); Dao, "FlashAttention-2", 2023, algorithms 1 and 2 (the order of computation).
     """
     call = prepare(
         q, k, v, gamma=gamma, scale=scale, center=center, sigma=sigma, attn_mask=attn_mask,

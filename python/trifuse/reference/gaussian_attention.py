@@ -46,8 +46,9 @@ def gaussian_attention(
         ``out`` ``(B, H, L, dv)`` in q's dtype, and ``lse`` ``(B, H, L)``, the logsumexp of the logits, in float32
         (float64 for float64 q). A row without a key has output 0 and lse -inf.
 
-    Source: Tsai et al., "Transformer Dissection", 2019, section 3.2 (the RBF kernel); Yang et al., "Modeling
-    Localness for Self-Attention Networks", 2018, equations 4 to 6 (the window).
+    Source: Tsai et al., "Transformer Dissection", 2019 (attention as a kernel smoother, its kernel of distances);
+    Yang et al., "Modeling Localness for Self-Attention Networks", 2018 (the Gaussian bias with centre P and width
+    sigma).
     """
     batch, heads, queries, head_dim = q.shape
     keys, groups = k.shape[2], heads // max(k.shape[1], 1)

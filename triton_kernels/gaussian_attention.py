@@ -186,9 +186,9 @@ def gaussian_attention_fwd(
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
-        return out, lse
+        return out, lse, torch.zeros_like(lse)
     if k.shape[2] == 0:
-        return out.zero_(), lse.fill_(-float("inf"))
+        return out.zero_(), lse.fill_(-float("inf")), torch.zeros_like(lse)
     o = _Operands(
         q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, scale, is_causal,
         normalized,
@@ -200,7 +200,7 @@ def gaussian_attention_fwd(
             o.q, o.k, o.v, o.low, o.norms, gamma, o.window, o.masks, packed, out, lse, o.q.stride(), o.k.stride(),
             o.v.stride(), *o.sizes(), blocks, o.packing.sequences, scale, **meta,
         )  # fmt: skip
-    return out, lse
+    return out, lse, torch.zeros_like(lse)
 
 
 def _gain(dout, dlse):
@@ -253,8 +253,8 @@ def _keys(o, dout, gain, for_keys, ranges, dk, dv):
 
 
 def gaussian_attention_bwd(
-    dout, dlse, q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, out, lse, scale,
-    is_causal, normalized,
+    dout, dlse, q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, out, lse,
+    lse_rest, scale, is_causal, normalized,
 ):  # fmt: skip
     dq, dk, dv = (one.new_empty(one.shape) for one in (q, k, v))
     dgamma, dcenter, dsigma = (lse.new_empty((0,) if one is None else one.shape) for one in (gamma, center, sigma))

@@ -57,11 +57,21 @@ struct KeyBlock {
       std::fill(rows + j * head_ld, rows + (j + 1) * head_ld, T(0));
       std::fill(values + j * value_ld, values + (j + 1) * value_ld, T(0));
     }
-    if (problem.rbf) {
-      for (int64_t j = 0; j < width; ++j) half_norm[j] = dot(rows + j * head_ld, rows + j * head_ld, head_ld) / 2;
-    }
     transpose_rows(transposed, width, rows, head_ld, width, head_ld);
+    if (problem.rbf) find_half_norms(p.head_dim);
     if (backward) transpose_rows(values_transposed, width, values, value_ld, width, value_ld);
+  }
+
+ private:
+  void find_half_norms(int64_t head_dim) {
+    for (int64_t j = 0; j < width; j += kLanes<T>) {
+      Vec<T> sum = splat(T(0));
+      for (int64_t c = 0; c < head_dim; ++c) {
+        const Vec<T> x = load<T>(transposed + c * width + j);
+        sum += x * x;
+      }
+      store<T>(half_norm + j, sum * splat(T(0.5)));
+    }
   }
 };
 

@@ -17,6 +17,7 @@ namespace attention {
 template <class T>
 struct GradientRows {
   T* lse;        // (piece); infinite for rows without a key
+  T* rest;       // (piece): what it was rounded by
   T* offset;     // D
   T* weights;    // (kQueryRows, width): products, then P
   T* gradients;  // (kQueryRows, width): dout V^T, then dS
@@ -41,12 +42,12 @@ __attribute__((noinline)) void weights_and_gradients(GradientRows<T>& g, const Q
   for (int64_t r = first; r < first + count; ++r, weights += width, gradients += width) {
     if constexpr (kRbf) terms.half_norm = queries.half_norm[r];
     if constexpr (kWindow) terms.center = queries.center[r], terms.weight = queries.weight[r];
-    const Vec<T> lse = splat(g.lse[r]), offset = splat(g.offset[r]);
+    const Vec<T> lse = splat(g.lse[r]), rest = splat(g.rest[r]), offset = splat(g.offset[r]);
     Vec<T> dcenter = splat(T(0)), dsigma = splat(T(0));
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) {
       const Logit<T> x = logit<T, kRbf, kWindow, kBias>(terms, load<T>(weights + v * lanes), v * lanes);
-      const Vec<T> weight = exp_or_zero<T>(x.value - lse);
+      const Vec<T> weight = exp_or_zero<T>((x.value - lse) - rest);
       const Vec<T> gradient = weight * (load<T>(gradients + v * lanes) - offset);
       store<T>(weights + v * lanes, weight);
       store<T>(gradients + v * lanes, gradient);
@@ -85,6 +86,7 @@ class BackwardWorker {
         dv_(scratch_.take<T>(width * problem_.value_ld)),
         bias_(scratch_.take<T>(kQueryRows * width)) {
     g_.lse = scratch_.take<T>(all.piece);
+    g_.rest = scratch_.take<T>(all.piece);
     g_.offset = scratch_.take<T>(all.piece);
     g_.dcenter = scratch_.take<T>(all.piece);
     g_.dsigma = scratch_.take<T>(all.piece);
@@ -117,13 +119,13 @@ class BackwardWorker {
     return KeyBlock<T>::bytes(head_ld, value_ld) + QueryRows<T>::bytes(all.piece, head_ld) +
            Scratch::bytes_of<T>(all.piece * value_ld) + Scratch::bytes_of<T>(all.piece * head_ld) +
            Scratch::bytes_of<T>(width * head_ld) + Scratch::bytes_of<T>(width * value_ld) +
-           3 * Scratch::bytes_of<T>(kQueryRows * width) + 4 * Scratch::bytes_of<T>(all.piece) +
+           3 * Scratch::bytes_of<T>(kQueryRows * width) + 5 * Scratch::bytes_of<T>(all.piece) +
            Scratch::bytes_of<T>(width);
   }
 
   void pack_queries(int64_t q0, int64_t q1) {
     queries_.pack(problem_, unit_, h_, q0, q1 - q0);
-    all_.load_incoming(unit_, h_, q0, q1 - q0, dout_, g_.lse, g_.offset);
+    all_.load_incoming(unit_, h_, q0, q1 - q0, dout_, g_.lse, g_.rest, g_.offset);
     std::fill(dq_, dq_ + (q1 - q0) * problem_.head_ld, T(0));
     std::fill(g_.dcenter, g_.dcenter + (q1 - q0), T(0));
     std::fill(g_.dsigma, g_.dsigma + (q1 - q0), T(0));

@@ -43,7 +43,9 @@ struct RowSums {
   T* total;  // (rows, kLanes)
   T* keep;   // what the sums so far are multiplied by
 
-  static int64_t bytes(int64_t rows) { return 3 * Scratch::bytes_of<T>(rows) + Scratch::bytes_of<T>(rows * kLanes<T>); }
+  static int64_t bytes(int64_t rows) {
+    return 3 * 2 * Scratch::bytes_of<T>(rows) + Scratch::bytes_of<T>(rows * kLanes<T>);
+  }
   RowSums(Scratch& scratch, int64_t rows)
       : top(scratch.take<T>(rows)),
         limit(scratch.take<T>(rows)),
@@ -108,13 +110,14 @@ class ForwardWorker {
   ForwardWorker(const Problem<T, S>& problem, int64_t rows)
       : problem_(problem),
         scratch_(KeyBlock<T>::bytes(problem.head_ld, problem.value_ld) + QueryRows<T>::bytes(rows, problem.head_ld) +
-                 RowSums<T>::bytes(rows) + Scratch::bytes_of<T>(rows * problem.value_ld) + Scratch::bytes_of<T>(rows) +
-                 2 * Scratch::bytes_of<T>(kTileRows * width)),
+                 RowSums<T>::bytes(rows) + Scratch::bytes_of<T>(rows * problem.value_ld) +
+                 2 * Scratch::bytes_of<T>(rows) + 2 * Scratch::bytes_of<T>(kTileRows * width)),
         keys_(scratch_, problem.head_ld, problem.value_ld),
         queries_(scratch_, rows, problem.head_ld),
         sums_(scratch_, rows),
         out_(scratch_.take<T>(rows * problem.value_ld)),
         lse_(scratch_.take<T>(rows)),
+        rest_(scratch_.take<T>(rows)),
         scores_(scratch_.take<T>(kTileRows * width)),
         bias_(scratch_.take<T>(kTileRows * width)) {}
 
@@ -123,11 +126,13 @@ class ForwardWorker {
     rows(unit, h, begin, n);
     const GaussianAttentionParams& p = problem_.p;
     const Sequence& s = problem_.sequence_of(unit);
-    T* lse = static_cast<T*>(p.lse) + (s.batch * p.heads + h) * p.queries + s.q_begin + begin;
+    const int64_t row = (s.batch * p.heads + h) * p.queries + s.q_begin + begin;
+    T *lse = static_cast<T*>(p.lse) + row, *rest = static_cast<T*>(p.lse_rest) + row;
     for (int64_t r = 0; r < n; ++r) {
       store_row(const_cast<S*>(at<S>(p.out, s.batch, h, s.q_begin + begin + r)), out_ + r * problem_.value_ld,
                 p.value_dim);
       lse[r] = lse_[r];
+      rest[r] = rest_[r];
     }
   }
   // The same output before it is rounded, (n, value_ld).
@@ -236,7 +241,9 @@ class ForwardWorker {
       const T scale = none ? T(0) : problem_.p.normalized ? 1 / total : std::exp(sums_.top[r]);
       T* row = out_ + r * problem_.value_ld;
       for (int64_t c = 0; c < problem_.value_ld; c += kLanes<T>) store<T>(row + c, load<T>(row + c) * splat(scale));
-      lse_[r] = none ? kNever<T> : sums_.top[r] + std::log(total);
+      const T log_total = std::log(total), lse = sums_.top[r] + log_total;
+      lse_[r] = none ? kNever<T> : lse;
+      rest_[r] = none ? T(0) : (sums_.top[r] - lse) + log_total;
     }
   }
 
@@ -247,6 +254,7 @@ class ForwardWorker {
   RowSums<T> sums_;
   T* out_;     // (rows, value_ld)
   T* lse_;     // (rows)
+  T* rest_;    // (rows)
   T* scores_;  // (kTileRows, width)
   T* bias_;    // likewise
   std::vector<T> least_;
@@ -262,7 +270,7 @@ void forward(const GaussianAttentionParams& p, const Threads& threads) {
   prefer_large_pages(p.out.ptr, p.batch * p.heads * p.queries * p.value_dim * int64_t(sizeof(S)));
   const Problem<T, S> problem(p, threads);
   // Packing a block of keys is paid for by the rows that pass it; many threads want many tasks.
-  int64_t rows = 192;
+  int64_t rows = 384;
   while (rows > 48 && p.batch * p.heads * (p.queries / rows) < 64) rows /= 2;
   struct Task {
     int64_t unit, h, begin, count;

@@ -66,10 +66,15 @@ const S* at(const AttentionView& view, int64_t b, int64_t h, int64_t row) {
 template <class T, class S>
 void load_centred(T* to, int64_t ld, const AttentionView& view, const S* from, int64_t n, int64_t columns,
                   const T* mean) {
-  load_rows<T>(to, ld, from, view.row, view.column, n, columns);
-  if (!mean) return;
-  for (int64_t r = 0; r < n; ++r) {
-    for (int64_t c = 0; c < ld; c += kLanes<T>) store<T>(to + r * ld + c, load<T>(to + r * ld + c) - load<T>(mean + c));
+  if (!mean) return load_rows<T>(to, ld, from, view.row, view.column, n, columns);
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t r = 0; r < n; ++r, to += ld, from += view.row) {
+    int64_t c = 0;
+    if (view.column == 1) {
+      for (; c + lanes <= columns; c += lanes) store<T>(to + c, load_as<T>(from + c) - load<T>(mean + c));
+    }
+    for (; c < columns; ++c) to[c] = scalar_as<T>(from[c * view.column]) - mean[c];
+    for (; c < ld; ++c) to[c] = 0;
   }
 }
 
@@ -179,11 +184,12 @@ class Problem {
       for (int64_t j = block * kKeys<T>; j < std::min(s.keys, (block + 1) * kKeys<T>); ++j) {
         if (is_padding(s, j)) continue;
         load_key(row, unit, j, mean(unit));
-        squared = std::max(squared, dot(row, row, head_ld));
+        const T length = dot(row, row, head_ld);
+        if (!(length <= squared)) squared = length;  // a NaN stays: no tile is left out then
       }
       const T norm = std::sqrt(squared);
       block_norm_[(s.first_block + block) * p.kv_heads + kv_head_of(unit)] = norm;
-      largest = std::max(largest, norm);
+      if (!(norm <= largest)) largest = norm;
     }
     largest_norm_[unit] = largest;
   }
@@ -207,7 +213,7 @@ struct Reach {
     lowest = known ? std::min(lowest, center) : kNever<T>;
     highest = known ? std::max(highest, center) : -kNever<T>;
     weight = known ? std::min(weight, w) : T(0);
-    floor = std::min(floor, row_floor);
+    floor = std::min(floor, row_floor == row_floor ? row_floor : kNever<T>);
   }
   void add(const Reach& other) {
     norm = std::max(norm, other.norm);

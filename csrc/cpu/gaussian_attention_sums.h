@@ -26,7 +26,7 @@ class Backward {
  public:
   const GaussianAttentionBwdParams& p;
   const Problem<T, S> problem;
-  int64_t piece = 512;  // queries, and keys, of a task
+  int64_t piece = 1024;  // queries, and keys, of a task
 
   Backward(const GaussianAttentionBwdParams& params, const Threads& threads)
       : p(params), problem(params, threads), pool_(threads), threads_(threads) {
@@ -129,16 +129,17 @@ class Backward {
   }
 
   // dout, lse and D of queries [begin, begin + n).
-  void load_incoming(int64_t unit, int64_t h, int64_t begin, int64_t n, T* dout, T* lse, T* offset) const {
+  void load_incoming(int64_t unit, int64_t h, int64_t begin, int64_t n, T* dout, T* lse, T* rest, T* offset) const {
     const Sequence& s = problem.sequence_of(unit);
     const T* saved = static_cast<const T*>(p.lse) + q_row(s, h) + begin;
+    std::copy_n(static_cast<const T*>(p.lse_rest) + q_row(s, h) + begin, n, rest);
     load_dout(unit, h, begin, n, dout);
     std::copy_n(offset_.data() + q_row(s, h) + begin, n, offset);
     for (int64_t r = 0; r < n; ++r) {
       lse[r] = saved[r] == kNever<T> ? -kNever<T> : saved[r];
       if (p.normalized) continue;
       // The weights are normalised all the same, and what multiplies them is not.
-      const Vec<T> size = splat(std::exp(saved[r]));
+      const Vec<T> size = splat(std::exp(saved[r]) * std::exp(rest[r]));
       T* row = dout + r * problem.value_ld;
       for (int64_t c = 0; c < problem.value_ld; c += kLanes<T>) store<T>(row + c, load<T>(row + c) * size);
     }

@@ -83,11 +83,11 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> gaussian_attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor gamma,
-                                                  OptionalTensor center, OptionalTensor sigma, OptionalTensor attn_mask,
-                                                  OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q,
-                                                  OptionalTensor cu_seqlens_k, double scale, bool is_causal,
-                                                  bool normalized) {
+std::tuple<Tensor, Tensor, Tensor> gaussian_attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor gamma,
+                                                          OptionalTensor center, OptionalTensor sigma,
+                                                          OptionalTensor attn_mask, OptionalTensor key_padding_mask,
+                                                          OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                                          double scale, bool is_causal, bool normalized) {
   const Inputs in{
       q,     k,         v,         gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
       scale, is_causal, normalized};
@@ -96,15 +96,18 @@ std::tuple<Tensor, Tensor> gaussian_attention_fwd(Tensor q, Tensor k, Tensor v, 
   const Tensor out = empty({p.batch, p.heads, p.queries, p.value_dim}, q.scalar_type(), q);
   const Tensor lse = empty({p.batch, p.heads, p.queries}, in.acc(), q);
   p.out = view(out);
+  const Tensor lse_rest = like(lse);
   p.lse = lse.data_ptr();
+  p.lse_rest = lse_rest.data_ptr();
   cpu::gaussian_attention_fwd(p, torch_threads());
-  return {out, lse};
+  return {out, lse, lse_rest};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_attention_bwd(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, OptionalTensor gamma, OptionalTensor center,
     OptionalTensor sigma, OptionalTensor attn_mask, OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, Tensor out, Tensor lse, double scale, bool is_causal, bool normalized) {
+    OptionalTensor cu_seqlens_k, Tensor out, Tensor lse, Tensor lse_rest, double scale, bool is_causal,
+    bool normalized) {
   const Inputs in{
       q,     k,         v,         gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
       scale, is_causal, normalized};
@@ -112,8 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gaussian_attention_bw
   in.fill(p);
   out = torch::stable::contiguous(out);
   lse = torch::stable::contiguous(lse);
+  lse_rest = torch::stable::contiguous(lse_rest);
   p.out = view(out);
   p.lse = lse.data_ptr();
+  p.lse_rest = lse_rest.data_ptr();
   p.dout = view(dout);
   p.dlse = view(dlse);
 

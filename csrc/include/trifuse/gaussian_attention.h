@@ -45,6 +45,7 @@ struct GaussianAttentionParams {
 
   AttentionView out;    // (batch, heads, queries, value_dim), contiguous
   void* lse = nullptr;  // (batch, heads, queries) acc, contiguous: log of the sum of the exponentials; -inf: no key
+  void* lse_rest = nullptr;  // likewise: what lse was rounded by. exp(logit - lse) alone would be off by that factor
 };
 
 struct GaussianAttentionBwdParams : GaussianAttentionParams {  // out and lse are the forward pass's

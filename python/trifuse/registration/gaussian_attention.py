@@ -17,23 +17,25 @@ _INPUTS = (
     "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 _FLAGS = "float scale, bool is_causal, bool normalized"
-_FWD = f"({_INPUTS}, {_FLAGS}) -> (Tensor out, Tensor lse)"
+_FWD = f"({_INPUTS}, {_FLAGS}) -> (Tensor out, Tensor lse, Tensor lse_rest)"
 _BWD = (
-    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_FLAGS}) -> "
+    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor lse_rest, {_FLAGS}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dgamma, Tensor dcenter, Tensor dsigma)"
 )
 
 _N_TENSORS = 10
+# lse_rest (B, H, L) is what lse lost when it was rounded: where logits are large, exp(logit - lse) of a whole row would
+# be wrong by ulp(lse), and exp((logit - lse) - lse_rest) is not.
 
 
 def _fwd_fake(q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, scale,
               is_causal, normalized):  # fmt: skip
-    rows = q.shape[:3]
-    return q.new_empty((*rows, v.shape[3])), q.new_empty(rows, dtype=common.accumulation_dtype(q))
+    lse, lse_rest = (q.new_empty(q.shape[:3], dtype=common.accumulation_dtype(q)) for _ in range(2))
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, lse_rest
 
 
 def _bwd_fake(dout, dlse, q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, out,
-              lse, scale, is_causal, normalized):  # fmt: skip
+              lse, lse_rest, scale, is_causal, normalized):  # fmt: skip
     def like(tensor: Tensor | None) -> Tensor:
         return lse.new_empty((0,) if tensor is None else tensor.shape)
 
@@ -43,10 +45,11 @@ def _bwd_fake(dout, dlse, q, k, v, gamma, center, sigma, attn_mask, key_padding_
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:_N_TENSORS], *output)
     ctx.flags = inputs[_N_TENSORS:]
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(bwd_name: str, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+def _backward(bwd_name: str, ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple:
     nothing = (None,) * (_N_TENSORS + len(ctx.flags))
     if dout is None and dlse is None:
         return nothing
@@ -78,10 +81,7 @@ def _mask_refusals(call: Any) -> list[str]:
 
 
 def _cpp_refusals(call: Any) -> list[str]:
-    reasons = common.cpp_refusals(call) + _mask_refusals(call)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("trifuse::gaussian_attention_fwd", "CPU"):
-        reasons.append("its kernel was not built with this installation")
-    return reasons
+    return common.cpp_refusals(call) + _mask_refusals(call)
 
 
 def _cuda_refusals(call: Any) -> list[str]:
@@ -111,4 +111,6 @@ def attention(backend: str, call: Any) -> tuple[Tensor, Tensor]:
     """Run a checked call of ``gaussian_attention`` on a native backend."""
     common.refuse_forward_mode("gaussian_attention", call)
     ops = torch.ops.trifuse
-    return (ops.gaussian_attention_fwd_triton if backend == "triton" else ops.gaussian_attention_fwd)(*call)
+    op = ops.gaussian_attention_fwd_triton if backend == "triton" else ops.gaussian_attention_fwd
+    out, lse, _ = op(*call)
+    return out, lse

@@ -44,7 +44,8 @@ struct GaussianAdaptiveAttentionParams : GaussianAdaptiveAttentionShape {
 };
 
 // The exponents' gradient is s = w (G - sum w G), G = x dout + dweights (at a sentinel dweights alone); where the
-// clamp acts s = w G, and sum s is the gradient of c0.
+// clamp acts s = w G, and sum s is the gradient of c0. The parameters' gradients are best made of sums of s e^2 / v,
+// s e / v and s / v: the narrowest Gaussian has the largest, and lies close to beta.
 struct GaussianAdaptiveAttentionBwdParams : GaussianAdaptiveAttentionShape {
   SliceView dout;      // any strides; ptr null: zero
   SliceView dweights;  // likewise

@@ -68,7 +68,7 @@ def _triton_refusals(call: Any) -> list[str]:
 
 
 def register_backends(op: Op) -> None:
-    """The kernels join here as they are written."""
+    op.backend("cpp", common.cpp_refusals)
     op.backend("triton", _triton_refusals)
 
 

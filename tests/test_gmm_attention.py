@@ -2,6 +2,7 @@
 reference. On a GPU the same statements are made of `triton`."""
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -322,3 +323,20 @@ def test_nothing_of_the_size_of_positions_times_components_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), trifuse.backend("cpp"):
         trifuse.gmm_attention_step(**tensors)
     assert max(x.numel() for x in saved if x.data_ptr() != tensors["values"].data_ptr()) == 2 * 512
+
+
+@cpp_only
+@pytest.mark.parametrize("strides", [(2**31 + 3, 50, 1), (500, 2**31 + 5, 1), (500, 20, 2**31 + 7)])
+def test_offsets_beyond_32_bits(strides):
+    """Values in address space that is reserved and never filled: a 32-bit offset would read zeros, or fall outside."""
+    tensors = make(batch=2, length=5, width=3)
+    try:
+        mapping = mmap.mmap(-1, 2**36, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # without reserving memory
+    except OSError as error:
+        pytest.skip(f"this machine does not reserve 64 GiB of address space: {error}")
+    far = torch.frombuffer(mapping, dtype=torch.float32).as_strided((2, 5, 3), strides)
+    far.copy_(tensors["values"])
+    assert sum((n - 1) * s for n, s in zip(far.shape, strides, strict=True)) > 2**31
+    near, found = run("cpp", tensors), run("cpp", dict(tensors, values=far))
+    for name, value in found.items():
+        torch.testing.assert_close(value, near[name])

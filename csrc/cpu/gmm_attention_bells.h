@@ -84,6 +84,20 @@ TRIFUSE_INLINE Vec<T> lifted_bell(Vec<T> y) {
   return (Vec<T>)(~beyond & (IVec<T>)e);
 }
 
+// x 2^-kDown, where subnormal results are made without arithmetic on subnormal numbers: added to the smallest normal
+// number times 2^kDown, |x| is rounded as it has to be, and the bits below that number's are the result's.
+template <class T, int kDown>
+TRIFUSE_INLINE Vec<T> lowered(Vec<T> x) {
+  constexpr T up = T(uint64_t(1) << kDown % 64) * (kDown == 64 ? T(0x1p64) : T(1));
+  constexpr T least = std::numeric_limits<T>::min() * up;
+  const IVec<T> sign = (IVec<T>)x & (IVec<T>)splat(T(-0.0));
+  const Vec<T> size = (Vec<T>)((IVec<T>)x ^ sign);
+  const IVec<T> tiny = size < splat(least);
+  const IVec<T> bits = (IVec<T>)(size + splat(least)) - (IVec<T>)splat(least);
+  const Vec<T> normal = (Vec<T>)(~tiny & (IVec<T>)size) * splat(T(1) / up);
+  return (Vec<T>)((tiny & bits) | (~tiny & (IVec<T>)normal) | sign);
+}
+
 template <class T>
 TRIFUSE_INLINE Vec<T> count_up() {
   Vec<T> v;

@@ -43,19 +43,32 @@ class RowGradients {
     if (!p_.dcontext) return;
     const S* values = static_cast<const S*>(p_.values.ptr) + b_ * p_.values.batch + j * p_.values.time;
     const T weight = static_cast<const T*>(p_.alignment)[b_ * p_.length + j];
+    const bool subnormal = weight != T(0) && std::fabs(weight) < std::numeric_limits<T>::min();
     if (p_.values.dim != 1 && p_.width > 1) {
       g += strided_row(values, dvalues, weight);
-    } else if (dvalues) {
-      g += dense_row<true>(values, dvalues, weight);
+    } else if (!dvalues) {
+      g += dense_row<Product::kNone>(values, dvalues, weight);
+    } else if (subnormal) {
+      g += dense_row<Product::kSubnormal>(values, dvalues, weight * T(0x1p64));
     } else {
-      g += dense_row<false>(values, dvalues, weight);
+      g += dense_row<Product::kPlain>(values, dvalues, weight);
     }
   }
 
  private:
-  template <bool kValues>
+  // What dvalues is: not asked for, weight dcontext, or that of a subnormal weight, given times 2^64.
+  enum class Product { kNone, kPlain, kSubnormal };
+
+  template <Product kProduct>
+  TRIFUSE_INLINE void store_product(S* to, Vec<T> w, Vec<T> d) {
+    if constexpr (kProduct == Product::kPlain) store_as<T>(to, w * d);
+    if constexpr (kProduct == Product::kSubnormal) store_as<T>(to, lowered<T, 64>(w * d));
+  }
+
+  template <Product kProduct>
   T dense_row(const S* values, S* dvalues, T weight) {
     constexpr int kSums = 4, lanes = kLanes<T>;
+    constexpr T down = kProduct == Product::kSubnormal ? T(0x1p-64) : T(1);
     const T* dc = dcontext_.data();
     const Vec<T> w = splat(weight);
     Vec<T> sums[kSums];
@@ -66,18 +79,18 @@ class RowGradients {
       for (int i = 0; i < kSums; ++i) {
         const Vec<T> d = load<T>(dc + e + i * lanes);
         sums[i] += load_as<T>(values + e + i * lanes) * d;
-        if (kValues) store_as<T>(dvalues + e + i * lanes, w * d);
+        store_product<kProduct>(dvalues + e + i * lanes, w, d);
       }
     }
     for (; e + lanes <= p_.width; e += lanes) {
       const Vec<T> d = load<T>(dc + e);
       sums[0] += load_as<T>(values + e) * d;
-      if (kValues) store_as<T>(dvalues + e, w * d);
+      store_product<kProduct>(dvalues + e, w, d);
     }
     T rest = 0;
     for (; e < p_.width; ++e) {
       rest += scalar_as<T>(values[e]) * dc[e];
-      if (kValues) dvalues[e] = scalar_from<S>(weight * dc[e]);
+      if (kProduct != Product::kNone) dvalues[e] = scalar_from<S>(weight * dc[e] * down);
     }
     return sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
   }

@@ -156,15 +156,18 @@ class Forward {
   void collect(T* alignment) {
     constexpr T smallest = sizeof(T) == 4 ? T(0x1p-100) : T(0x1p-960);
     rows_.count = small_.count = 0;
-    for (int64_t j = 0; j < p_.length; ++j) {
-      const bool taken = reached_[j];
-      const T lifted = taken ? lifted_[j] : T(0), weight = lifted * unlift_;
-      if (alignment) alignment[j] = weight;
-      if (!taken) continue;
-      if (std::fabs(lifted) < smallest / kUnlift<T> && unlift_ != T(1)) {
-        small_.add(j, lifted);
-      } else {
-        rows_.add(j, weight);
+    const bool low = unlift_ != T(1);
+    for (int64_t begin = 0; begin < p_.length; begin += kLanes<T>) {
+      const Vec<T> lifted = load<T>(lifted_.data() + begin), weight = low ? lowered<T, kLift<T>>(lifted) : lifted;
+      for (int64_t j = begin; j < std::min(begin + kLanes<T>, p_.length); ++j) {
+        const bool taken = reached_[j];
+        if (alignment) alignment[j] = taken ? weight[j - begin] : T(0);
+        if (!taken) continue;
+        if (low && std::fabs(lifted[j - begin]) < smallest / kUnlift<T>) {
+          small_.add(j, lifted[j - begin]);
+        } else {
+          rows_.add(j, weight[j - begin]);
+        }
       }
     }
   }

@@ -98,3 +98,29 @@ def test_linear_scan_reads_beyond_two_to_the_31(reserved, layout, reverse, far):
     distant = test_linear_scan_cuda_emulated.run_emulated(tensors, reverse=reverse, layout=layout)
     for name, value in near.items():
         assert torch.equal(value, distant[name]), name
+
+
+@pytest.mark.parametrize("far, inner", [(0, 3), (1, 3), (2, 3), (0, 9), (1, 9)])
+@pytest.mark.parametrize("library", ["trifuse", "trifuse_emulated"])
+def test_gaussian_gate_reads_beyond_two_to_the_31(reserved, far, inner, library):
+    """Rows of 3, columns of 9 where they lie side by side."""
+    g = torch.Generator().manual_seed(0)
+    x, dout = torch.randn(2, 3, 5, inner, generator=g)
+    strides = [1000, 20, 1]
+    offset, width = torch.randn(1, 2, generator=g), 1 + torch.rand(1, 2, generator=g)
+    mask, flags = torch.rand(3, 5, inner, generator=g) < 0.7, (1, 1, False, 1e-5, False, True)
+    ops = getattr(torch.ops, library)
+
+    def run(x, dout):
+        out, stats = ops.gaussian_gate_fwd(x, offset, width, None, mask, *flags)
+        return out, stats, *ops.gaussian_gate_bwd(dout, x, offset, width, None, mask, stats, *flags)
+
+    def near(tensor, strides):
+        return torch.zeros(5000).as_strided(tensor.shape, strides).copy_(tensor)
+
+    strides[far] = 2 if far == 2 else strides[far]
+    expected = run(near(x, strides), near(dout, strides))
+    strides[far] = BIG + 64
+    found = run(spread(reserved, x, strides, 0), spread(reserved, dout, strides, 500))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

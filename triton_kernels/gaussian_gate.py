@@ -278,5 +278,5 @@ def gaussian_gate_bwd(dout, x, offset, width, alpha, mask, stats, heads, share, 
         shape = (items, cut.outer * cut.inner // (cut.rows * share), cut.rows, share)
     sums = partials.view(shape).sum((1, 3), dtype=torch.float64).to(offset.dtype)
     gaussians = sums[: 2 * cut.gaussians].view(cut.gaussians, 2, cut.rows)
-    doffset, dwidth = (gaussians[:, one].T.contiguous() for one in (0, 1))
+    doffset, dwidth = (torch.empty_like(width).copy_(gaussians[:, one].T) for one in (0, 1))
     return dx, doffset, dwidth, offset.new_empty((0,)) if alpha is None else sums[-1].clone()

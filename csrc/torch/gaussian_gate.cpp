@@ -1,4 +1,3 @@
-#if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED)
 // gaussian_gate as torch ops: allocation, views, registration. The schemas and every check of the public arguments
 // are in Python, in registration/ and ops/.
 #include "trifuse/gaussian_gate.h"
@@ -92,4 +91,3 @@ TRIFUSE_IMPL(m) {
 
 }  // namespace
 }  // namespace trifuse
-#endif

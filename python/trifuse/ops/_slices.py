@@ -48,7 +48,13 @@ def slices_along(x: Tensor, dim: int) -> Slices:
     dim = dim % x.dim()
     strides = x.stride()
     # Axes of size 1 may have any stride and axes of stride 0 repeat memory: in doubt the order of the shape decides.
-    order = sorted(range(x.dim()), key=lambda axis: -strides[axis])
+    # Inserted one by one: a traced size can be compared, but not sorted by.
+    order: list[int] = []
+    for axis in range(x.dim()):
+        place = len(order)
+        while place and strides[order[place - 1]] < strides[axis]:
+            place -= 1
+        order.insert(place, axis)
     if any(strides[axis] == 0 and x.shape[axis] > 1 for axis in range(x.dim())):
         order = list(range(x.dim()))
     return Slices(x.shape, tuple(order), order.index(dim))

@@ -158,7 +158,7 @@ def prepare(
     multiply: bool = True,
 ) -> Call:
     """Check the arguments of ``gaussian_gate`` and bring them to one form, without copying ``x``."""
-    if kind not in DEFAULT_EPS:
+    if kind not in tuple(DEFAULT_EPS):
         raise ValueError(f'{OP}: kind is {kind!r}; it must be "feature", "context" or "density"')
     check.tensors(OP, x=x)
     check.tensors(OP, optional=True, mean_offset=mean_offset, mask=mask)

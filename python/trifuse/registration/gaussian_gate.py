@@ -73,6 +73,7 @@ def _triton_refusals(call: Any) -> list[str]:
 
 def register_backends(op: Op) -> None:
     op.backend("cpp", common.cpp_refusals)
+    op.backend("cuda", _cuda_refusals)
     op.backend("triton", _triton_refusals)
 
 

@@ -288,3 +288,13 @@ def test_under_autocast_the_dtype_is_that_of_x() -> None:
         assert made(x).dtype == torch.float32
         assert torch.equal(made(x), made(x.float()))
         assert made(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_a_cpu() -> None:
+    made = clear(block())
+    x = torch.randn(3, 40, 50)
+    expected = outcome(made, x)
+    for name, value in outcome(made.cuda(), x.cuda()).items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-4, atol=1e-5 * max(scale, 1.0))

@@ -392,6 +392,17 @@ def test_sequences_of_length_zero_and_one() -> None:
         assert weights is None or weights.shape == (2, 1, 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_as_on_a_cpu(kind: str) -> None:
+    module = made(kind, torch.float32, add_bias_kv=True)
+    x, padding = torch.randn(2, 40, 12), torch.rand(2, 40) < 0.2
+    for need_weights in (False, True):
+        expected = module(x, x, x, padding, need_weights)[0]
+        found = copy.deepcopy(module).cuda()(*[x.cuda()] * 3, padding.cuda(), need_weights)[0]
+        assert (found.cpu() - expected).abs().max() < 1e-3 * expected.abs().max()  # perhaps in TF32
+
+
 X = torch.zeros(2, 4, 12)
 
 

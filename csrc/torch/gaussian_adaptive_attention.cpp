@@ -4,11 +4,6 @@
 
 #include "common.h"
 
-#if (defined(TRIFUSE_CUDA) || defined(TRIFUSE_EMULATED)) && !__has_include("../cuda/gaussian_adaptive_attention.cu")
-#define TRIFUSE_NO_KERNELS
-#endif
-#if !defined(TRIFUSE_NO_KERNELS)
-
 namespace trifuse {
 namespace {
 
@@ -121,5 +116,3 @@ TRIFUSE_IMPL(m) {
 
 }  // namespace
 }  // namespace trifuse
-
-#endif

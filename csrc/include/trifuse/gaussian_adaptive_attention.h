@@ -36,7 +36,8 @@ struct GaussianAdaptiveAttentionShape : SliceShape {
 };
 
 // stats: (3, heads, outer, inner), float (double for double), contiguous: the mean m; 1/v, negative where the clamp
-// acts; r. Where nothing takes part they may be anything.
+// acts; r. Where nothing takes part they may be anything. The GPU kernels keep the entry of the least e^2, its
+// deviation from the mean, and 1/v; see csrc/cuda/gaussian_adaptive_attention_entries.cuh.
 struct GaussianAdaptiveAttentionParams : GaussianAdaptiveAttentionShape {
   void* out = nullptr;      // (outer, length, inner), dense
   void* weights = nullptr;  // likewise, or null: not asked for

@@ -69,6 +69,7 @@ def _triton_refusals(call: Any) -> list[str]:
 
 def register_backends(op: Op) -> None:
     op.backend("cpp", common.cpp_refusals)
+    op.backend("cuda", common.cuda_refusals)
     op.backend("triton", _triton_refusals)
 
 

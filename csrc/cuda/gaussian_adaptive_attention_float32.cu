@@ -1,0 +1,8 @@
+#include "gaussian_adaptive_attention_launch.cuh"
+
+namespace trifuse::cuda::gaam {
+
+template Error launch_fwd<float>(const FwdArgs&, const Plan&, Stream);
+template Error launch_bwd<float>(const BwdArgs&, const Plan&, Stream);
+
+}  // namespace trifuse::cuda::gaam

@@ -171,6 +171,20 @@ TRIFUSE_INLINE Vec<T> exp_or_zero(Vec<T> x) {
   return (Vec<T>)(~under & (IVec<T>)exp_bounded<T>(x));
 }
 
+// x rounded to its type: both passes must see the same logits, and a product may not melt into a later sum in one of
+// them.
+template <class T>
+TRIFUSE_INLINE Vec<T> rounded(Vec<T> x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // What makes logits of one query's products with a block of keys.
 template <class T>
 struct LogitTerms {
@@ -194,9 +208,10 @@ TRIFUSE_INLINE Logit<T> logit(const LogitTerms<T>& terms, Vec<T> product, int64_
   y.value = splat(terms.factor) * product;
   if constexpr (kWindow) {
     y.offset = load<T>(terms.key_position + column) - splat(terms.center);
-    y.value = y.value - (splat(terms.weight) * y.offset) * y.offset;
+    y.value = y.value - splat(terms.weight) * (y.offset * y.offset);
   }
   if constexpr (kBias) y.value = y.value + load<T>(terms.bias + column);
+  y.value = rounded<T>(y.value);
   return y;
 }
 

@@ -21,6 +21,7 @@ struct GradientRows {
   T* offset;     // D
   T* weights;    // (kQueryRows, width): products, then P
   T* gradients;  // (kQueryRows, width): dout V^T, then dS
+  T* row_sums;   // (piece): sums of dS, by distance
   T* dcenter;    // (piece): sums of dS (j - center)
   T* dsigma;     // (piece): sums of dS (j - center)^2
   T* key_sums;   // (width): sums of dS, by distance
@@ -43,7 +44,7 @@ __attribute__((noinline)) void weights_and_gradients(GradientRows<T>& g, const Q
     if constexpr (kRbf) terms.half_norm = queries.half_norm[r];
     if constexpr (kWindow) terms.center = queries.center[r], terms.weight = queries.weight[r];
     const Vec<T> lse = splat(g.lse[r]), rest = splat(g.rest[r]), offset = splat(g.offset[r]);
-    Vec<T> dcenter = splat(T(0)), dsigma = splat(T(0));
+    Vec<T> dcenter = splat(T(0)), dsigma = splat(T(0)), row_dgamma = splat(T(0)), row_sum = splat(T(0));
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) {
       const Logit<T> x = logit<T, kRbf, kWindow, kBias>(terms, load<T>(weights + v * lanes), v * lanes);
@@ -51,7 +52,7 @@ __attribute__((noinline)) void weights_and_gradients(GradientRows<T>& g, const Q
       const Vec<T> gradient = weight * (load<T>(gradients + v * lanes) - offset);
       store<T>(weights + v * lanes, weight);
       store<T>(gradients + v * lanes, gradient);
-      if constexpr (kRbf) key_sums[v] += gradient, dgamma += gradient * x.content;
+      if constexpr (kRbf) key_sums[v] += gradient, row_sum += gradient, row_dgamma += gradient * x.content;
       if constexpr (kWindow) {
         const Vec<T> part = gradient * x.offset;
         dcenter += part;
@@ -59,6 +60,7 @@ __attribute__((noinline)) void weights_and_gradients(GradientRows<T>& g, const Q
       }
     }
     if constexpr (kWindow) g.dcenter[r] += sum_lanes<T>(dcenter), g.dsigma[r] += sum_lanes<T>(dsigma);
+    if constexpr (kRbf) dgamma += row_dgamma, g.row_sums[r] += sum_lanes<T>(row_sum);
     if constexpr (kBias) terms.bias += width;
   }
   if constexpr (kRbf) {
@@ -88,6 +90,7 @@ class BackwardWorker {
     g_.lse = scratch_.take<T>(all.piece);
     g_.rest = scratch_.take<T>(all.piece);
     g_.offset = scratch_.take<T>(all.piece);
+    g_.row_sums = scratch_.take<T>(all.piece);
     g_.dcenter = scratch_.take<T>(all.piece);
     g_.dsigma = scratch_.take<T>(all.piece);
     g_.weights = scratch_.take<T>(kQueryRows * width);
@@ -108,7 +111,7 @@ class BackwardWorker {
       g_.dgamma = 0;
       for (int64_t block = k0 / width; block * width < k1; ++block) run_block(block, q0, q1, packed);
       if (!packed) continue;
-      all_.add_queries(unit, h_, queries_, dq_, g_.dcenter, g_.dsigma);
+      all_.add_queries(unit, h_, queries_, dq_, g_.row_sums, g_.dcenter, g_.dsigma);
       if (problem_.rbf) all_.dgamma(unit, h_, key_piece) += g_.dgamma;
     }
   }
@@ -119,7 +122,7 @@ class BackwardWorker {
     return KeyBlock<T>::bytes(head_ld, value_ld) + QueryRows<T>::bytes(all.piece, head_ld) +
            Scratch::bytes_of<T>(all.piece * value_ld) + Scratch::bytes_of<T>(all.piece * head_ld) +
            Scratch::bytes_of<T>(width * head_ld) + Scratch::bytes_of<T>(width * value_ld) +
-           3 * Scratch::bytes_of<T>(kQueryRows * width) + 5 * Scratch::bytes_of<T>(all.piece) +
+           3 * Scratch::bytes_of<T>(kQueryRows * width) + 6 * Scratch::bytes_of<T>(all.piece) +
            Scratch::bytes_of<T>(width);
   }
 
@@ -127,6 +130,7 @@ class BackwardWorker {
     queries_.pack(problem_, unit_, h_, q0, q1 - q0);
     all_.load_incoming(unit_, h_, q0, q1 - q0, dout_, g_.lse, g_.rest, g_.offset);
     std::fill(dq_, dq_ + (q1 - q0) * problem_.head_ld, T(0));
+    std::fill(g_.row_sums, g_.row_sums + (q1 - q0), T(0));
     std::fill(g_.dcenter, g_.dcenter + (q1 - q0), T(0));
     std::fill(g_.dsigma, g_.dsigma + (q1 - q0), T(0));
   }

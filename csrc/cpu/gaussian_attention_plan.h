@@ -136,8 +136,8 @@ class Problem {
   T sigma(const Sequence& s, int64_t h, int64_t i) const { return *at<T>(p.sigma, s.batch, h, s.q_begin + i); }
   // 1 / (2 sigma^2), finite: next to it only the key at the centre itself is left.
   T weight(const Sequence& s, int64_t h, int64_t i) const {
-    const T width = sigma(s, h, i), w = T(0.5) / (width * width);
-    return w > std::numeric_limits<T>::max() ? std::numeric_limits<T>::max() : w;
+    const double width = sigma(s, h, i), w = 0.5 / (width * width);
+    return T(std::min(w, double(std::numeric_limits<T>::max())));
   }
 
   // Blocks whose logits all lie this far below a row's logsumexp, or a lower bound of it, are left out: all of them

@@ -139,18 +139,21 @@ class Backward {
       lse[r] = saved[r] == kNever<T> ? -kNever<T> : saved[r];
       if (p.normalized) continue;
       // The weights are normalised all the same, and what multiplies them is not.
-      const Vec<T> size = splat(std::exp(saved[r]) * std::exp(rest[r]));
+      const Vec<T> size = splat(T(std::exp(double(saved[r]) + double(rest[r]))));
       T* row = dout + r * problem.value_ld;
       for (int64_t c = 0; c < problem.value_ld; c += kLanes<T>) store<T>(row + c, load<T>(row + c) * size);
     }
   }
-  void add_queries(int64_t unit, int64_t h, const QueryRows<T>& queries, const T* sums, const T* center_sums,
-                   const T* sigma_sums) const {
+  void add_queries(int64_t unit, int64_t h, const QueryRows<T>& queries, const T* sums, const T* row_sums,
+                   const T* center_sums, const T* sigma_sums) const {
     const Sequence& s = problem.sequence_of(unit);
     const T factor = problem.factor(h);
     for (int64_t r = 0; r < queries.count; ++r) {
       const int64_t i = queries.first + r;
-      add_row(dq(unit, h) + i * p.head_dim, sums + r * problem.head_ld, factor, p.head_dim);
+      T* row = dq(unit, h) + i * p.head_dim;
+      add_row(row, sums + r * problem.head_ld, factor, p.head_dim);
+      // That dS of a row sum to dlse is true up to rounding: with what they do sum to, dq is of differences q - k.
+      if (problem.rbf) add_row(row, queries.rows + r * problem.head_ld, -factor * row_sums[r], p.head_dim);
       if (!problem.window) continue;
       const T width = problem.sigma(s, h, i);
       T& dsigma = static_cast<T*>(p.dsigma)[q_row(s, h) + i];
@@ -255,19 +258,18 @@ class Backward {
     const Sequence& s = problem.sequence_of(unit);
     const int64_t row = q_row(s, h) + begin;
     const T* lse = static_cast<const T*>(p.lse) + row;
-    const T factor = problem.factor(h);
     T* offset = offset_.data() + row;
-    w.queries.pack(problem, unit, h, begin, n);
-    find_row_dots(w, unit, h, begin, n, offset);
+    if (p.normalized) {
+      find_row_dots(w, unit, h, begin, n, offset);
+    } else {
+      std::fill_n(offset, n, T(0));
+    }
+    if (problem.window) w.queries.pack(problem, unit, h, begin, n);
+    std::fill_n(dq(unit, h) + begin * p.head_dim, n * p.head_dim, T(0));
     for (int64_t r = 0; r < n; ++r) {
       const T incoming = p.dlse.ptr ? *at<T>(p.dlse, s.batch, h, s.q_begin + begin + r) : T(0);
-      // What the gradients dS of the row's logits sum to.
-      T row_sum = p.normalized ? incoming : offset[r] + incoming;
-      offset[r] = p.normalized ? offset[r] - incoming : -incoming;
-      if (lse[r] == kNever<T>) row_sum = offset[r] = T(0);
-      T* to = dq(unit, h) + (begin + r) * p.head_dim;
-      std::fill_n(to, p.head_dim, T(0));
-      if (problem.rbf && row_sum != 0) add_row(to, w.queries.rows + r * problem.head_ld, -factor * row_sum, p.head_dim);
+      offset[r] -= incoming;
+      if (lse[r] == kNever<T>) offset[r] = T(0);
       if (!problem.window) continue;
       static_cast<T*>(p.dsigma)[row + r] = T(0);
       if (p.dcenter) static_cast<T*>(p.dcenter)[row + r] = T(0);

@@ -16,16 +16,13 @@ namespace attention {
 // What turns the products of some queries with a block of keys into weights and their gradients.
 template <class T>
 struct GradientRows {
-  T* lse;        // (piece); infinite for rows without a key
-  T* rest;       // (piece): what it was rounded by
-  T* offset;     // D
-  T* weights;    // (kQueryRows, width): products, then P
-  T* gradients;  // (kQueryRows, width): dout V^T, then dS
-  T* row_sums;   // (piece): sums of dS, by distance
-  T* dcenter;    // (piece): sums of dS (j - center)
-  T* dsigma;     // (piece): sums of dS (j - center)^2
-  T* key_sums;   // (width): sums of dS, by distance
-  double dgamma;
+  T* lse;                 // (piece); infinite for rows without a key
+  T* rest;                // (piece): what it was rounded by
+  T* offset;              // D
+  T* weights;             // (kQueryRows, width): products, then P
+  T* gradients;           // (kQueryRows, width): dout V^T, then dS
+  T* key_sums;            // (width): sums of dS, by distance
+  T* totals[kRowTotals];  // (piece, kLanes): sums over the keys, lane by lane
 };
 
 template <class T, bool kRbf, bool kWindow, bool kBias>
@@ -34,7 +31,7 @@ __attribute__((noinline)) void weights_and_gradients(GradientRows<T>& g, const Q
   constexpr int64_t width = KeyBlock<T>::width;
   constexpr int lanes = kLanes<T>, vectors = width / lanes;
   LogitTerms<T> terms{factor, T(0), T(0), T(0), keys.half_norm, keys.position, bias};
-  Vec<T> key_sums[vectors], dgamma = splat(T(0));
+  Vec<T> key_sums[vectors];
   if constexpr (kRbf) {
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) key_sums[v] = load<T>(g.key_sums + v * lanes);
@@ -44,7 +41,9 @@ __attribute__((noinline)) void weights_and_gradients(GradientRows<T>& g, const Q
     if constexpr (kRbf) terms.half_norm = queries.half_norm[r];
     if constexpr (kWindow) terms.center = queries.center[r], terms.weight = queries.weight[r];
     const Vec<T> lse = splat(g.lse[r]), rest = splat(g.rest[r]), offset = splat(g.offset[r]);
-    Vec<T> dcenter = splat(T(0)), dsigma = splat(T(0)), row_dgamma = splat(T(0)), row_sum = splat(T(0));
+    Vec<T> totals[kRowTotals];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRowTotals; ++i) totals[i] = splat(T(0));
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) {
       const Logit<T> x = logit<T, kRbf, kWindow, kBias>(terms, load<T>(weights + v * lanes), v * lanes);
@@ -52,21 +51,31 @@ __attribute__((noinline)) void weights_and_gradients(GradientRows<T>& g, const Q
       const Vec<T> gradient = weight * (load<T>(gradients + v * lanes) - offset);
       store<T>(weights + v * lanes, weight);
       store<T>(gradients + v * lanes, gradient);
-      if constexpr (kRbf) key_sums[v] += gradient, row_sum += gradient, row_dgamma += gradient * x.content;
+      if constexpr (kRbf || kWindow) totals[kGradient] += gradient;
+      if constexpr (kRbf) {
+        key_sums[v] += gradient;
+        totals[kGradientContent] += gradient * x.content;
+        totals[kContent] += weight * x.content;
+      }
       if constexpr (kWindow) {
-        const Vec<T> part = gradient * x.offset;
-        dcenter += part;
-        dsigma += part * x.offset;
+        const Vec<T> square = x.offset * x.offset;
+        totals[kGradientOffset] += gradient * x.offset;
+        totals[kGradientSquare] += gradient * square;
+        totals[kOffset] += weight * x.offset;
+        totals[kSquare] += weight * square;
       }
     }
-    if constexpr (kWindow) g.dcenter[r] += sum_lanes<T>(dcenter), g.dsigma[r] += sum_lanes<T>(dsigma);
-    if constexpr (kRbf) dgamma += row_dgamma, g.row_sums[r] += sum_lanes<T>(row_sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRowTotals; ++i) {
+      if (!row_total_exists(i, kRbf, kWindow)) continue;
+      T* total = g.totals[i] + r * lanes;
+      store<T>(total, load<T>(total) + totals[i]);
+    }
     if constexpr (kBias) terms.bias += width;
   }
   if constexpr (kRbf) {
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) store<T>(g.key_sums + v * lanes, key_sums[v]);
-    g.dgamma += 2 * double(sum_lanes<T>(dgamma));
   }
 }
 
@@ -90,9 +99,7 @@ class BackwardWorker {
     g_.lse = scratch_.take<T>(all.piece);
     g_.rest = scratch_.take<T>(all.piece);
     g_.offset = scratch_.take<T>(all.piece);
-    g_.row_sums = scratch_.take<T>(all.piece);
-    g_.dcenter = scratch_.take<T>(all.piece);
-    g_.dsigma = scratch_.take<T>(all.piece);
+    for (T*& total : g_.totals) total = scratch_.take<T>(all.total_lanes(&total - g_.totals));
     g_.weights = scratch_.take<T>(kQueryRows * width);
     g_.gradients = scratch_.take<T>(kQueryRows * width);
     g_.key_sums = scratch_.take<T>(width);
@@ -108,11 +115,9 @@ class BackwardWorker {
       h_ = problem_.kv_head_of(unit) * problem_.group + g;
       factor_ = problem_.factor(h_);
       bool packed = false;
-      g_.dgamma = 0;
       for (int64_t block = k0 / width; block * width < k1; ++block) run_block(block, q0, q1, packed);
       if (!packed) continue;
-      all_.add_queries(unit, h_, queries_, dq_, g_.row_sums, g_.dcenter, g_.dsigma);
-      if (problem_.rbf) all_.dgamma(unit, h_, key_piece) += g_.dgamma;
+      all_.add_queries(unit, h_, queries_, dq_, g_.totals);
     }
   }
 
@@ -122,17 +127,16 @@ class BackwardWorker {
     return KeyBlock<T>::bytes(head_ld, value_ld) + QueryRows<T>::bytes(all.piece, head_ld) +
            Scratch::bytes_of<T>(all.piece * value_ld) + Scratch::bytes_of<T>(all.piece * head_ld) +
            Scratch::bytes_of<T>(width * head_ld) + Scratch::bytes_of<T>(width * value_ld) +
-           3 * Scratch::bytes_of<T>(kQueryRows * width) + 6 * Scratch::bytes_of<T>(all.piece) +
-           Scratch::bytes_of<T>(width);
+           3 * Scratch::bytes_of<T>(kQueryRows * width) + 3 * Scratch::bytes_of<T>(all.piece) +
+           kRowTotals * Scratch::bytes_of<T>(all.piece * kLanes<T>) + Scratch::bytes_of<T>(width);
   }
 
   void pack_queries(int64_t q0, int64_t q1) {
     queries_.pack(problem_, unit_, h_, q0, q1 - q0);
     all_.load_incoming(unit_, h_, q0, q1 - q0, dout_, g_.lse, g_.rest, g_.offset);
     std::fill(dq_, dq_ + (q1 - q0) * problem_.head_ld, T(0));
-    std::fill(g_.row_sums, g_.row_sums + (q1 - q0), T(0));
-    std::fill(g_.dcenter, g_.dcenter + (q1 - q0), T(0));
-    std::fill(g_.dsigma, g_.dsigma + (q1 - q0), T(0));
+    for (int i = 0; i < kRowTotals; ++i)
+      std::fill_n(g_.totals[i], std::min(all_.total_lanes(i), (q1 - q0) * kLanes<T>), T(0));
   }
 
   void run_block(int64_t block, int64_t q0, int64_t q1, bool& queries_packed) {
@@ -233,7 +237,7 @@ void backward(const GaussianAttentionBwdParams& p, const Threads& threads) {
     }
     all.close_wave(begin, end);
   }
-  all.reduce_dgamma();
+  all.finish_parameters();
 }
 
 }  // namespace attention

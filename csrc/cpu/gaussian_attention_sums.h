@@ -13,6 +13,13 @@ constexpr int64_t kQueryRows = 64;                 // queries that meet a block 
 constexpr int64_t kPreparedRows = 3 * kQueryRows;  // queries that are prepared at a time
 constexpr int64_t kWaveBytes = int64_t(32) << 20;  // of acc sums of gradients in half precision
 
+// Sums over the keys of one query that the gradients of gamma, center and sigma are made of: of dS, of dS times the
+// content -|q - k|^2 / 2, times the offset j - center and its square, and of the weights times the same.
+enum RowTotal { kGradient, kGradientContent, kContent, kGradientOffset, kGradientSquare, kOffset, kSquare, kRowTotals };
+constexpr bool row_total_exists(int i, bool rbf, bool window) {
+  return i == kGradient ? rbf || window : i <= kContent ? rbf : window;
+}
+
 template <class T>
 TRIFUSE_INLINE void add_row(T* to, const T* from, T scale, int64_t n) {
   constexpr int64_t lanes = kLanes<T>;
@@ -37,15 +44,13 @@ class Backward {
     };
     while (piece > 128 && all_pieces() < 32) piece /= 2;
     offset_.resize(p.batch * p.heads * p.queries);
-    int64_t rows = 0, key_pieces = 0;
+    int64_t rows = 0;
     for (const Sequence& s : problem.sequences) {
       first_rows_.push_back(rows);
-      first_piece_.push_back(key_pieces);
       rows += (s.queries + kQueryRows - 1) / kQueryRows;
-      key_pieces += (s.keys + piece - 1) / piece;
     }
     if (problem.window) reach_.resize(rows * p.heads);
-    if (problem.rbf) dgamma_.resize(key_pieces * p.heads);
+    if (problem.rbf || problem.window) totals_.resize(offset_.size() * kRowTotals);
     if constexpr (kDirect) {
       prefer_large_pages(p.dq, p.batch * p.heads * p.queries * p.head_dim * int64_t(sizeof(T)));
       prefer_large_pages(p.dk, p.batch * p.kv_heads * p.keys * p.head_dim * int64_t(sizeof(T)));
@@ -72,7 +77,7 @@ class Backward {
     const int64_t q0 = query_piece * piece, q1 = std::min(s.queries, q0 + piece);
     const int64_t k0 = key_piece * piece, k1 = std::min(s.keys, k0 + piece);
     if (q0 >= q1 || k0 >= k1 || (p.is_causal && q1 - 1 < k0)) return false;
-    if (!problem.window) return true;
+    if (!problem.window || p.mask_kind == AttentionMask::kAdded) return true;
     for (int64_t g = 0; g < problem.group; ++g) {
       for (int64_t q = q0; q < q1; q += kQueryRows) {
         for (int64_t k = k0; k < k1; k += kKeys<T>) {
@@ -117,15 +122,21 @@ class Backward {
       (void)begin, (void)end;
     }
   }
-  void reduce_dgamma() const {
-    for (int64_t h = 0; problem.rbf && h < p.heads; ++h) {
-      double sum = 0;
-      for (int64_t i = h; i < int64_t(dgamma_.size()); i += p.heads) sum += dgamma_[i];
-      static_cast<T*>(p.dgamma)[h] = T(sum);
-    }
+  // Lanes that a piece needs for one of the row totals.
+  int64_t total_lanes(int64_t i) const {
+    return row_total_exists(int(i), problem.rbf, problem.window) ? piece * kLanes<T> : 0;
   }
-  double& dgamma(int64_t unit, int64_t h, int64_t key_piece) {
-    return dgamma_[(first_piece_[unit / p.kv_heads] + key_piece) * p.heads + h];
+
+  // Gradients of gamma, center and sigma, when all pieces have met. The gradients dS of a row sum to dlse, but for the
+  // rounding of D: what that would add is the same sum over the weights, which may be large where all keys are far.
+  void finish_parameters() {
+    if (!totals_.empty()) {
+      parallel(threads_, problem.units() * problem.group, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          finish_rows(i / problem.group, head(i / problem.group, i % problem.group));
+      });
+    }
+    finish_gamma();
   }
 
   // dout, lse and D of queries [begin, begin + n).
@@ -144,23 +155,22 @@ class Backward {
       for (int64_t c = 0; c < problem.value_ld; c += kLanes<T>) store<T>(row + c, load<T>(row + c) * size);
     }
   }
-  void add_queries(int64_t unit, int64_t h, const QueryRows<T>& queries, const T* sums, const T* row_sums,
-                   const T* center_sums, const T* sigma_sums) const {
+  void add_queries(int64_t unit, int64_t h, const QueryRows<T>& queries, const T* sums, T* const* lanes) {
     const Sequence& s = problem.sequence_of(unit);
     const T factor = problem.factor(h);
     for (int64_t r = 0; r < queries.count; ++r) {
       const int64_t i = queries.first + r;
       T* row = dq(unit, h) + i * p.head_dim;
       add_row(row, sums + r * problem.head_ld, factor, p.head_dim);
-      // That dS of a row sum to dlse is true up to rounding: with what they do sum to, dq is of differences q - k.
-      if (problem.rbf) add_row(row, queries.rows + r * problem.head_ld, -factor * row_sums[r], p.head_dim);
-      if (!problem.window) continue;
-      const T width = problem.sigma(s, h, i);
-      T& dsigma = static_cast<T*>(p.dsigma)[q_row(s, h) + i];
-      if (sigma_sums[r] != 0) dsigma += sigma_sums[r] / width / width / width;
-      if (p.dcenter && center_sums[r] != 0) {
-        static_cast<T*>(p.dcenter)[q_row(s, h) + i] += center_sums[r] / width / width;
+      if (totals_.empty()) continue;
+      T now[kRowTotals] = {};
+      for (int64_t k = 0; k < kRowTotals; ++k) {
+        if (!row_total_exists(int(k), problem.rbf, problem.window)) continue;
+        now[k] = sum_lanes<T>(load<T>(lanes[k] + r * kLanes<T>));
+        totals_[(q_row(s, h) + i) * kRowTotals + k] += now[k];
       }
+      // With what the row's dS do sum to here, dq is a sum of differences q - k.
+      if (problem.rbf) add_row(row, queries.rows + r * problem.head_ld, -factor * now[kGradient], p.head_dim);
     }
   }
   void add_keys(int64_t unit, const KeyBlock<T>& keys, T factor, const T* dk_sums, const T* dv_sums,
@@ -174,6 +184,36 @@ class Backward {
   }
 
  private:
+  T incoming_lse(const Sequence& s, int64_t h, int64_t i) const {
+    return p.dlse.ptr ? *at<T>(p.dlse, s.batch, h, s.q_begin + i) : T(0);
+  }
+  void finish_rows(int64_t unit, int64_t h) {
+    const Sequence& s = problem.sequence_of(unit);
+    for (int64_t i = 0; i < s.queries; ++i) {
+      const int64_t place = q_row(s, h) + i;
+      T* total = totals_.data() + place * kRowTotals;
+      const bool none = static_cast<const T*>(p.lse)[place] == kNever<T>;
+      const T excess = none || !p.normalized ? T(0) : total[kGradient] - incoming_lse(s, h, i);
+      total[kGradientContent] -= excess * total[kContent];
+      if (!problem.window) continue;
+      const T width = problem.sigma(s, h, i);
+      const T center_sum = total[kGradientOffset] - excess * total[kOffset];
+      const T sigma_sum = total[kGradientSquare] - excess * total[kSquare];
+      static_cast<T*>(p.dsigma)[place] = sigma_sum == 0 ? T(0) : sigma_sum / width / width / width;
+      if (p.dcenter) static_cast<T*>(p.dcenter)[place] = center_sum == 0 ? T(0) : center_sum / width / width;
+    }
+  }
+  void finish_gamma() const {
+    for (int64_t h = 0; p.dgamma && h < p.heads; ++h) {
+      double sum = 0;
+      for (int64_t b = 0; b < p.batch; ++b) {
+        const T* total = totals_.data() + (b * p.heads + h) * p.queries * kRowTotals + kGradientContent;
+        for (int64_t i = 0; i < p.queries; ++i) sum += double(total[i * kRowTotals]);
+      }
+      static_cast<T*>(p.dgamma)[h] = T(2 * sum);
+    }
+  }
+
   static constexpr bool kDirect = std::is_same_v<T, S>;  // sums stand in the outputs
 
   int64_t q_row(const Sequence& s, int64_t h) const { return (s.batch * p.heads + h) * p.queries + s.q_begin; }
@@ -267,12 +307,9 @@ class Backward {
     if (problem.window) w.queries.pack(problem, unit, h, begin, n);
     std::fill_n(dq(unit, h) + begin * p.head_dim, n * p.head_dim, T(0));
     for (int64_t r = 0; r < n; ++r) {
-      const T incoming = p.dlse.ptr ? *at<T>(p.dlse, s.batch, h, s.q_begin + begin + r) : T(0);
-      offset[r] -= incoming;
+      offset[r] -= incoming_lse(s, h, begin + r);
       if (lse[r] == kNever<T>) offset[r] = T(0);
       if (!problem.window) continue;
-      static_cast<T*>(p.dsigma)[row + r] = T(0);
-      if (p.dcenter) static_cast<T*>(p.dcenter)[row + r] = T(0);
       Reach<T>& reach = reach_[(first_rows_[unit / p.kv_heads] + (begin + r) / kQueryRows) * p.heads + h];
       if (lse[r] == kNever<T>) continue;
       reach.add(std::sqrt(2 * w.queries.half_norm[r]), w.queries.center[r], w.queries.weight[r], lse[r]);
@@ -308,9 +345,9 @@ class Backward {
   Pool<Preparer> pool_;
   const Threads& threads_;
   std::vector<T> offset_;  // (batch, heads, queries): D
-  std::vector<int64_t> first_rows_, first_piece_;
+  std::vector<T> totals_;  // (batch, heads, queries, kRowTotals)
+  std::vector<int64_t> first_rows_;
   std::vector<Reach<T>> reach_;  // (groups of kQueryRows queries, heads)
-  std::vector<double> dgamma_;   // (key pieces, heads)
   std::vector<T> memory_;        // of a wave's sums
   std::vector<int64_t> place_;   // of a unit of the wave in it
   int64_t wave_ = 0;

@@ -124,3 +124,29 @@ def test_gaussian_gate_reads_beyond_two_to_the_31(reserved, far, inner, library)
     found = run(spread(reserved, x, strides, 0), spread(reserved, dout, strides, 500))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+ROWS, COLUMNS, PIECES = (2, 6, 3), (2, 6, 9), (2, 5000, 1)
+
+
+@pytest.mark.parametrize("shape, far", [(ROWS, 0), (ROWS, 1), (ROWS, 2), (COLUMNS, 0), (COLUMNS, 1), (PIECES, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gaussian_adaptive_attention_reads_beyond_two_to_the_31(reserved, masked, shape, far):
+    """Rows, columns where they lie side by side, and with a mask rows that are cut in pieces."""
+    g = torch.Generator().manual_seed(0)
+    x, dout = (torch.randn(shape, generator=g) for _ in range(2))
+    offset, width = torch.randn(2, 3, generator=g), 1 + torch.rand(2, 3, generator=g)
+    mask = torch.rand(shape, generator=g) < 0.7 if masked else None
+    ops, flags = torch.ops.trifuse_emulated, (None, 1e-8, False)
+
+    def run(x, dout):
+        out, _, stats = ops.gaussian_adaptive_attention_fwd(x, offset, width, mask, *flags, False)
+        return out, *ops.gaussian_adaptive_attention_bwd(dout, None, x, offset, width, mask, stats, *flags)
+
+    strides = [6000, shape[2], 1]
+    expected = run(*(torch.zeros(20000).as_strided(shape, strides).copy_(one) for one in (x, dout)))
+    strides = [20000, shape[2], 1]
+    strides[far] = BIG + 64
+    found = run(spread(reserved, x, strides, 0), spread(reserved, dout, strides, 50001))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

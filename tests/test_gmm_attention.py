@@ -155,7 +155,7 @@ def test_means_far_from_every_position(backend, device, away):
     tensors = make(length=50, components=1, spread=5.0)
     tensors["mean"] = 49 + away * tensors["sigma"]
     tensors["delta"] = torch.full_like(tensors["delta"], -20.0)
-    check(backend, tensors, device)
+    check(backend, tensors, device, moved=("values", "weight"))
     assert run(backend, tensors, device=device)["alignment"].any() == (away < 14.5)
 
 
@@ -167,6 +167,16 @@ def test_widths_of_any_size(backend, device, sigma):
     tensors["delta"] = torch.full_like(tensors["delta"], -200.0)  # the means stay on positions
     tensors["sigma"] = torch.full_like(tensors["sigma"], sigma)
     check(backend, tensors, device)
+
+
+@kernels
+@pytest.mark.parametrize("sigma", [1e-20, 1e-25])
+def test_a_width_next_to_nothing_is_a_density_next_to_infinity(backend, device, sigma):
+    tensors = make(length=80)
+    tensors["mean"] = tensors["mean"].round()
+    tensors["delta"] = torch.full_like(tensors["delta"], -200.0)
+    tensors["sigma"] = torch.full_like(tensors["sigma"], sigma)
+    check(backend, tensors, device, grads=(), moved=("values", "weight"))
 
 
 @kernels
@@ -281,8 +291,8 @@ def test_subnormal_densities_of_every_instruction_set(isa, away):
     tensors = make(length=50, components=1, spread=5.0)
     tensors["mean"] = 49 + away * tensors["sigma"]
     tensors["delta"] = torch.full_like(tensors["delta"], -20.0)
-    tensors["values"][:, :30] *= 1e30  # far rows that would be missed
-    check("cpp", tensors)
+    tensors["values"][:, :47] *= 1e6  # far rows that would be missed
+    check("cpp", tensors, moved=("values", "weight"))
 
 
 @cpp_only

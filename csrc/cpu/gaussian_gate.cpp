@@ -14,11 +14,21 @@ namespace {
 
 // Groups are dealt out to parts that sum up the parameters' gradients by themselves and are added in order: the number
 // of parts depends on the shape alone, so a result does not depend on the number of threads.
+constexpr int64_t kSmall = 1 << 14;  // entries that one thread is done with before others have begun
 constexpr int64_t kMostParts = 64, kFewestParts = 8, kPartialSums = 1 << 20;
 
 void expect_large_pages(const GaussianGateShape& p, const SliceView& view) {
   const int64_t bytes = p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
   prefer_large_pages(view.ptr, p.outer * p.length * p.inner * bytes);
+}
+
+template <class Body>
+void spread(const GaussianGateShape& p, const Threads& threads, int64_t n, const Body& body) {
+  if (p.outer * p.length * p.inner <= kSmall) {
+    body(int64_t(0), n);
+  } else {
+    parallel(threads, n, body);
+  }
 }
 
 template <class E, class S>
@@ -28,7 +38,7 @@ void backward(const GaussianGateBwdParams& p, const Threads& threads) {
   const int64_t most = std::clamp(kPartialSums / std::max<int64_t>(width, 1), kFewestParts, kMostParts);
   const int64_t parts = std::min(groups, most);
   std::vector<double> sums(std::max<int64_t>(parts, 1) * width);
-  parallel(threads, parts, [&](int64_t begin, int64_t end) {
+  spread(p, threads, parts, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       GateBackward<E, S> pass(p, plan, &sums[part * width]);
       for (int64_t i = groups * part / parts; i < groups * (part + 1) / parts; ++i) pass.run(i);
@@ -58,7 +68,7 @@ void gaussian_gate_fwd(const GaussianGateParams& p, const Threads& threads) {
     using E = std::remove_pointer_t<decltype(element)>;
     using S = std::remove_pointer_t<decltype(sequence)>;
     const SlicePlan<E> plan(p, p.heads, 1);
-    parallel(threads, plan.count(), [&](int64_t begin, int64_t end) {
+    spread(p, threads, plan.count(), [&](int64_t begin, int64_t end) {
       GateForward<E, S> pass(p, plan);
       for (int64_t i = begin; i < end; ++i) pass.run(i);
     });

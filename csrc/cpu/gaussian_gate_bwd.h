@@ -57,10 +57,9 @@ class GateBackward {
   void start(const SliceGroup<E>& group, int w) {
     GateStrip<E>& strip = strips_[w];
     const E* stats = static_cast<const E*>(p_.stats);
-    const int last = group.columns ? int(std::min<int64_t>(group.width - w * kLanes<E>, kLanes<E>)) - 1 : 0;
-    for (int i = 0; i < kLanes<E>; ++i) {
-      const int64_t at = strip.place(p_, group, w, std::min(i, last));
-      const int64_t part = p_.heads * p_.outer * p_.inner;
+    strip.slices(group, w);
+    for (int i = 0; i < strip.lanes; ++i) {
+      const int64_t at = strip.place(p_, group, w, i), part = p_.heads * p_.outer * p_.inner;
       strip.mean[i] = stats[at];
       strip.rest[i] = stats[part + at];
       strip.inverse[i] = stats[2 * part + at];
@@ -161,21 +160,22 @@ class GateBackward {
     if (!group.columns) {
       for (int64_t j = 0; j <= count; ++j) sums[j].join_row();
     }
-    for (int i = 0; i < kLanes<E>; ++i) {
+    for (int i = 0; i < strip.lanes; ++i) {
       const double r = strip.inverse[i], entries = whole ? double(group.length()) : sums[count].lane[i];
       double s = 0, q = 0;
       for (int64_t k = 0; k < p_.gaussians; ++k) {
         const double scale = strip.scale[k * kLanes<E> + i], ws = sums[2 * k].lane[i], wu = sums[2 * k + 1].lane[i];
         s += scale * ws;
         q += scale * wu;
-        if (i >= strip.lanes) continue;
         doffset_[strip.row[i] * p_.gaussians + k] -= scale * ws;
         dwidth_[strip.row[i] * p_.gaussians + k] -= wu * scale * strip.width_slope(p_, i, k);
       }
-      if (i < strip.lanes) dalpha_[strip.row[i]] += sums[2 * p_.gaussians].lane[i] * p_.alpha_scale();
+      dalpha_[strip.row[i]] += sums[2 * p_.gaussians].lane[i] * p_.alpha_scale();
       shift_[w][i] = E(-s / std::max(entries, 1.0));
       slope_[w][i] = E(-q * r * r / std::max(entries - (p_.alpha ? 1 : 0), 1.0));
     }
+    strip.fill(shift_[w]);
+    strip.fill(slope_[w]);
   }
 
   template <bool kMasked>
@@ -184,13 +184,13 @@ class GateBackward {
       for (int w = 0; w < block.group.strips; ++w) {
         const Vec<E> mean = load<E>(strips_[w].mean), rest = load<E>(strips_[w].rest), shift = load<E>(shift_[w]),
                      slope = load<E>(slope_[w]);
-        for (int64_t n = from; n < std::min(from + kChunk, block.steps); ++n) {
+        block.template write<S>(p_.dx, from, std::min(from + kChunk, block.steps), w, [&](int64_t n) {
           const int64_t at = block.place(n, w);
           Vec<E> dx = (load<E>(&g_[at]) + shift) + slope * ((load<E>(&x_[at]) - mean) - rest);
           if (p_.multiply) dx += load<E>(&direct_[at]);
           if (kMasked) dx *= load<E>(&keep_[at]);
-          block.template write<S>(p_.dx, n, w, dx);
-        }
+          return dx;
+        });
       }
     }
   }

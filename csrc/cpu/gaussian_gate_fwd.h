@@ -55,7 +55,8 @@ class GateForward {
 
   void finish(const LaneMoments<E>& moments, const SliceGroup<E>& group, int w) {
     GateStrip<E>& strip = strips_[w];
-    for (int i = 0; i < kLanes<E>; ++i) {
+    strip.slices(group, w);
+    for (int i = 0; i < strip.lanes; ++i) {
       const double divisor = std::max(moments.count[i] - (p_.alpha ? 1 : 0), 1.0);
       strip.mean[i] = E(moments.mean[i]);
       strip.rest[i] = E(moments.mean[i] - double(strip.mean[i]));
@@ -81,7 +82,7 @@ class GateForward {
         const Vec<E> mean = load<E>(strip.mean), rest = load<E>(strip.rest), base = load<E>(strip.base),
                      amplitude = load<E>(strip.amplitude);
         const Vec<E> offset = load<E>(strip.offset.data()), scale = load<E>(strip.scale.data());
-        for (int64_t n = from; n < std::min(from + kChunk, block.steps); ++n) {
+        block.template write<S>(p_.out, from, std::min(from + kChunk, block.steps), w, [&](int64_t n) {
           const int64_t at = block.place(n, w);
           const Vec<E> x = load<E>(&x_[at]), d = (x - mean) - rest;
           Vec<E> sum = bell<E>((d - offset) * scale);
@@ -92,8 +93,8 @@ class GateForward {
           }
           Vec<E> y = base + amplitude * sum;
           if (kMasked) y *= load<E>(&keep_[at]);
-          block.template write<S>(p_.out, n, w, p_.multiply ? x * y : y);
-        }
+          return p_.multiply ? x * y : y;
+        });
       }
     }
   }

@@ -31,22 +31,33 @@ struct GateStrip {
 
   GateStrip() = default;
 
-  // The statistics are there already.
+  void slices(const SliceGroup<E>& group, int w) {
+    lanes = group.columns ? int(std::min<int64_t>(group.width - w * kLanes<E>, kLanes<E>)) : 1;
+  }
+  // Lanes that have no slice of their own do as the last does.
+  void fill(E* values) const {
+    for (int i = lanes; i < kLanes<E>; ++i) values[i] = values[lanes - 1];
+  }
+  // The statistics of the slices are there already.
   void take_parameters(const GaussianGateShape& p, const SliceGroup<E>& group, int w) {
     constexpr int n = kLanes<E>;
     const E* alphas = static_cast<const E*>(p.alpha);
-    lanes = group.columns ? int(std::min<int64_t>(group.width - w * n, n)) : 1;
     offset.resize(p.gaussians * n);
     scale.resize(p.gaussians * n);
-    for (int i = 0; i < n; ++i) {
-      row[i] = p.row_of(group.head, group.outer, group.inner + (group.columns ? w * n + std::min(i, lanes - 1) : 0));
+    for (int i = 0; i < lanes; ++i) {
+      row[i] = p.row_of(group.head, group.outer, group.inner + w * n + i);
       base[i] = alphas ? 1 : 0;
       amplitude[i] = alphas ? E(alphas[row[i]] * p.alpha_scale()) : 1;
       for (int64_t k = 0; k < p.gaussians; ++k) {
-        offset[k * n + i] = static_cast<const E*>(p.offset)[row[i] * p.gaussians + k];
         const double width = static_cast<const E*>(p.width)[row[i] * p.gaussians + k];
+        offset[k * n + i] = static_cast<const E*>(p.offset)[row[i] * p.gaussians + k];
         scale[k * n + i] = E(double(inverse[i]) / (p.squared ? std::sqrt(width) : width));
       }
+    }
+    for (E* values : {mean, rest, inverse, base, amplitude}) fill(values);
+    for (int64_t k = 0; k < p.gaussians; ++k) {
+      fill(&offset[k * n]);
+      fill(&scale[k * n]);
     }
   }
   // -d(scale) / d(width) over the scale.

@@ -107,34 +107,57 @@ struct SliceBlock {
   // Where vector (n, w) stands in the block's own memory.
   TRIFUSE_INLINE int64_t place(int64_t n, int w) const { return (w * steps + n) * kLanes<E>; }
 
+  // Steps of strip w, from the block's first on, whose vectors are neighbours in memory and all there.
+  int64_t whole(const SliceView& view, int w) const {
+    if (stride(view) != 1) return 0;
+    if (group.columns) return group.width >= (w + 1) * kLanes<E> ? steps : 0;
+    return (end - begin) / kLanes<E>;
+  }
   // Copies what a view holds; lanes without an entry, and entries whose `keep` is 0, become 0.
   template <class S>
   void read(const SliceView& view, const E* keep, E* to) const {
     const int64_t step = group.columns ? view.axis : kLanes<E> * view.axis, across = stride(view);
     for (int64_t from = 0; from < steps; from += kChunk) {
       for (int w = 0; w < group.strips; ++w) {
+        const int64_t last = std::min(from + kChunk, steps), plain = std::min(whole(view, w), last);
         const S* p = static_cast<const S*>(view.ptr) + offset(view, from, w);
-        for (int64_t n = from; n < std::min(from + kChunk, steps); ++n, p += step) {
-          Vec<E> x = load_lanes<E>(p, across, lanes(n, w));
-          const int64_t at = place(n, w);
-          if (keep) x = load<E>(keep + at) != splat(E(0)) ? x : splat(E(0));
-          store<E>(to + at, x);
-        }
+        E* q = to + place(from, w);
+        int64_t n = from;
+        const E* k = keep ? keep + place(from, w) : nullptr;
+        const auto put = [&](Vec<E> x) {
+          if (keep) x = load<E>(k) != splat(E(0)) ? x : splat(E(0));
+          store<E>(q, x);
+          p += step, q += kLanes<E>, k += keep ? kLanes<E> : 0;
+        };
+        for (; n < plain; ++n) put(load_as<E>(p));
+        for (; n < last; ++n) put(load_lanes<E>(p, across, lanes(n, w)));
       }
     }
   }
-  template <class S>
-  TRIFUSE_INLINE void write(const SliceView& view, int64_t n, int w, Vec<E> x) const {
-    store_lanes<E>(static_cast<S*>(view.ptr) + offset(view, n, w), stride(view), lanes(n, w), x);
+  // Writes f(n) for the steps n from `from` to `last` of strip w.
+  template <class S, class F>
+  TRIFUSE_INLINE void write(const SliceView& view, int64_t from, int64_t last, int w, F&& f) const {
+    const int64_t step = group.columns ? view.axis : kLanes<E> * view.axis, plain = std::min(whole(view, w), last);
+    S* p = static_cast<S*>(view.ptr) + offset(view, from, w);
+    int64_t n = from;
+    for (; n < plain; ++n, p += step) store_as<E>(p, f(n));
+    for (; n < last; ++n, p += step) store_lanes<E>(p, stride(view), lanes(n, w), f(n));
   }
   // 1 for entries that take part and 0 for the others; every entry does without a mask.
   void read_keep(const SliceView& mask, E* to) const {
     for (int w = 0; w < group.strips; ++w) {
       for (int64_t n = 0; n < steps; ++n) {
         const int count = lanes(n, w);
-        const uint8_t* p = mask.ptr ? static_cast<const uint8_t*>(mask.ptr) + offset(mask, n, w) : nullptr;
-        for (int i = 0; i < kLanes<E>; ++i) {
-          to[place(n, w) + i] = E(i < count && (!p || p[i * stride(mask)]) ? 1 : 0);
+        E* const q = to + place(n, w);
+        const uint8_t* const p = mask.ptr ? static_cast<const uint8_t*>(mask.ptr) + offset(mask, n, w) : nullptr;
+        const int64_t apart = stride(mask);
+        if (p && apart == 1 && count == kLanes<E>) {
+          typedef uint8_t Bytes __attribute__((vector_size(kLanes<E>)));
+          Bytes bytes;
+          __builtin_memcpy(&bytes, p, sizeof bytes);
+          store<E>(q, __builtin_convertvector(bytes, Vec<E>));  // a bool is 0 or 1
+        } else {
+          for (int i = 0; i < kLanes<E>; ++i) q[i] = E(i < count && (!p || p[i * apart] != 0));
         }
       }
     }
@@ -151,11 +174,11 @@ struct LaneSums {
     store<E>(terms, x);
     for (int i = 0; i < kLanes<E>; ++i) lane[i] += double(terms[i]);
   }
-  // A row's sum is that of all its lanes, and stands in each.
+  // A row's sum is that of all its lanes, and stands in the first.
   void join_row() {
     double total = 0;
     for (int i = 0; i < kLanes<E>; ++i) total += lane[i];
-    for (int i = 0; i < kLanes<E>; ++i) lane[i] = total;
+    lane[0] = total;
   }
 };
 

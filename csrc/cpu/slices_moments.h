@@ -7,7 +7,7 @@
 namespace trifuse::cpu {
 namespace {
 
-// Of one strip; a row's stand in every lane.
+// Of one strip; a row's stand in the first lane.
 template <class E>
 struct LaneMoments {
   alignas(64) double count[kLanes<E>] = {}, mean[kLanes<E>] = {}, squares[kLanes<E>] = {};
@@ -30,8 +30,9 @@ struct LaneMoments {
       kept.join_row();
     }
     alignas(64) E near[kLanes<E>];
-    for (int i = 0; i < kLanes<E>; ++i) near[i] = E(kept.lane[i] > 0 ? sum.lane[i] / kept.lane[i] : 0.0);
-    const Vec<E> middle = load<E>(near);
+    const int slices = columns ? kLanes<E> : 1;
+    for (int i = 0; i < slices; ++i) near[i] = E(kept.lane[i] > 0 ? sum.lane[i] / kept.lane[i] : 0.0);
+    const Vec<E> middle = columns ? load<E>(near) : splat(near[0]);
     sweep(steps, [&](int64_t from, int64_t to) {
       Vec<E> s = splat(E(0)), q = s;
       for (int64_t n = from; n < to; ++n) {
@@ -47,7 +48,7 @@ struct LaneMoments {
       rest.join_row();
       squared.join_row();
     }
-    for (int i = 0; i < kLanes<E>; ++i) {
+    for (int i = 0; i < slices; ++i) {
       if (!(kept.lane[i] > 0)) continue;
       const double shift = rest.lane[i] / kept.lane[i];
       join(i, kept.lane[i], double(near[i]) + shift, squared.lane[i] - shift * rest.lane[i]);

@@ -107,8 +107,8 @@ def gaussian_gate(
         RuntimeError: a second or a forward-mode derivative was asked of a native kernel.
 
     Source: Ioannides et al., "Gaussian Adaptive Attention Is All You Need", 2024, arXiv 2401.11143 ("feature"); Ruan
-    et al., "Gaussian Context Transformer", CVPR 2021, equations 4 to 7 ("context"); Ioannides et al., "Density Adaptive
-    Attention", 2024 ("density").
+    et al., "Gaussian Context Transformer", CVPR 2021 ("context"); Ioannides et al., "Density Adaptive Attention", 2024
+    ("density").
     """
     call = prepare(
         x, mean_offset, width, kind=kind, dim=dim, feature_dim=feature_dim, num_heads=num_heads, alpha=alpha,

@@ -119,7 +119,13 @@ class ForwardWorker {
         lse_(scratch_.take<T>(rows)),
         rest_(scratch_.take<T>(rows)),
         scores_(scratch_.take<T>(kTileRows * width)),
-        bias_(scratch_.take<T>(kTileRows * width)) {}
+        bias_(scratch_.take<T>(kTileRows * width)) {
+    to_scores_.columns = to_scores_.c_ld = width;
+    to_scores_.c = scores_;
+    to_scores_.f = {nullptr, problem.head_ld, 1, keys_.transposed, width, problem.p.head_dim};
+    to_out_.columns = to_out_.c_ld = problem.value_ld;
+    to_out_.f = {scores_, width, 1, keys_.values, problem.value_ld, 0};
+  }
 
   // Output and lse of queries [begin, begin + n) of head h.
   void run(int64_t unit, int64_t h, int64_t begin, int64_t n) {
@@ -214,24 +220,18 @@ class ForwardWorker {
   void tile(int64_t r, int64_t n) {
     const bool biased = needs_bias(problem_, queries_.first + r, keys_);
     if (biased && !fill_bias(bias_, problem_, unit_, h_, queries_.first + r, n, keys_)) return;
-    BlockProduct<T> product;
-    product.rows = n;
-    product.columns = width;
-    product.f = {
-        queries_.rows + r * problem_.head_ld, problem_.head_ld, 1, keys_.transposed, width, problem_.p.head_dim};
-    product.c = scores_;
-    product.c_ld = width;
-    long_product(product);
+    to_scores_.rows = n;
+    to_scores_.f.a = queries_.rows + r * problem_.head_ld;
+    long_product(to_scores_);
     with_flags(problem_.rbf, problem_.window, biased, [&](auto rbf, auto window, auto bias) {
       exponentials<T, decltype(rbf)::value, decltype(window)::value, decltype(bias)::value>(
           scores_, queries_, r, n, keys_, factor_, bias_, sums_);
     });
-    product.columns = problem_.value_ld;
-    product.f = {scores_, width, 1, keys_.values, problem_.value_ld, keys_.count};
-    product.c = out_ + r * problem_.value_ld;
-    product.c_ld = problem_.value_ld;
-    product.row_scale = sums_.keep + r;
-    block_product<T, Into::kRescaled>(product);
+    to_out_.rows = n;
+    to_out_.f.depth = keys_.count;
+    to_out_.c = out_ + r * problem_.value_ld;
+    to_out_.row_scale = sums_.keep + r;
+    block_product<T, Into::kRescaled>(to_out_);
   }
 
   void finish() {
@@ -257,6 +257,7 @@ class ForwardWorker {
   T* rest_;    // (rows)
   T* scores_;  // (kTileRows, width)
   T* bias_;    // likewise
+  BlockProduct<T> to_scores_, to_out_;
   std::vector<T> least_;
   std::vector<Reach<T>> reach_;  // by tiles of rows
   Reach<T> whole_;

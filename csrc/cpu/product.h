@@ -124,9 +124,11 @@ void block_product(const BlockProduct<T>& p) {
 
 // c = a b of any depth, in pieces of kPiece terms.
 template <class T>
-void long_product(BlockProduct<T> p) {
-  const int64_t depth = p.f.depth;
-  p.f.depth = std::min(depth, kPiece);
+void long_product(const BlockProduct<T>& whole) {
+  const int64_t depth = whole.f.depth;
+  if (depth <= kPiece) return block_product<T, Into::kFresh>(whole);
+  BlockProduct<T> p = whole;
+  p.f.depth = kPiece;
   block_product<T, Into::kFresh>(p);
   for (int64_t done = kPiece; done < depth; done += kPiece) {
     p.f.a += kPiece * p.f.k_stride;

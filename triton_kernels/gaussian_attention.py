@@ -26,37 +26,54 @@ __all__ = ["gaussian_attention_bwd", "gaussian_attention_fwd"]
 
 PROGRAMS = 264  # two for each of 132 multiprocessors: fewer blocks of keys share their heads of queries out in slabs
 
-# Kernel: BLOCK_M, BLOCK_N, warps and stages, per size of a head that is a power of two, for half precision, for half
-# precision in two halves (with the same BLOCK_M for "queries"), and for float32.
+# Kernel and size of a head: BLOCK_M, BLOCK_N, warps, stages, and columns in a chunk (0: tiles hold all, and loads run
+# ahead), for half precision with one kind of logit, no masks and nothing packed ("plain"), for half precision else
+# ("mixed"), for half precision with low halves ("low"; of "queries" all three have one BLOCK_M), and for float32.
+KINDS = ("plain", "mixed", "low", "float32")
 TILES = {
-    "fwd": {
-        64: ((128, 64, 4, 3), (64, 32, 4, 1), (64, 32, 4, 2)),
-        128: ((128, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 2)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 16, 4, 1)),
-    },
-    "queries": {
-        64: ((64, 64, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
-        128: ((64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 4, 1)),
-        256: ((64, 32, 8, 1), (64, 32, 8, 1), (16, 16, 4, 1)),
-    },
-    "keys": {
-        64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 32, 4, 1)),
-        128: ((64, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1)),
-        256: ((32, 64, 8, 1), (32, 64, 8, 1), (16, 16, 4, 1)),
-    },
+    ("fwd", 64): ((128, 64, 8, 3, 0), (128, 64, 8, 2, 0), (64, 32, 4, 1, 32), (64, 32, 4, 1, 32)),
+    ("fwd", 128): ((128, 64, 8, 2, 0), (128, 32, 8, 2, 0), (64, 32, 4, 1, 32), (64, 32, 8, 1, 32)),
+    ("queries", 64): ((64, 32, 4, 2, 0), (64, 16, 4, 2, 0), (64, 32, 4, 1, 32), (32, 16, 4, 1, 32)),
+    ("queries", 128): ((128, 32, 8, 2, 0), (128, 16, 8, 2, 0), (128, 16, 8, 1, 32), (32, 16, 8, 1, 32)),
+    ("keys", 64): ((32, 64, 4, 2, 0), (16, 64, 4, 2, 0), (16, 64, 4, 1, 32), (16, 32, 4, 1, 32)),
+    ("keys", 128): ((64, 64, 8, 2, 0), (32, 64, 8, 1, 64), (16, 64, 8, 1, 32), (16, 32, 8, 1, 32)),
 }
 
 
-def _precision():
-    """How tl.dot multiplies float32 to nearly its own precision on the matrix cores of this GPU."""
-    if interpreting() or triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return "ieee"
-    return "tf32x3"
+# Where matrix cores read both operands from registers: NVIDIA's but for Hopper and the Blackwell of data centres, and
+# AMD's.
+SMALL_TILES = {
+    ("fwd", 64): ((128, 64, 8, 3, 0), (64, 64, 8, 2, 0), (64, 32, 4, 1, 32), (32, 32, 4, 1, 32)),
+    ("fwd", 128): ((64, 64, 8, 2, 0), (64, 32, 8, 2, 0), (64, 32, 4, 1, 32), (64, 32, 8, 1, 32)),
+    ("queries", 64): ((64, 32, 4, 2, 0), (64, 16, 4, 2, 0), (64, 16, 4, 1, 32), (32, 16, 4, 1, 32)),
+    ("queries", 128): ((128, 16, 8, 2, 0), (128, 16, 8, 2, 0), (128, 16, 8, 1, 32), (32, 16, 8, 1, 32)),
+    ("keys", 64): ((32, 64, 4, 2, 0), (16, 64, 4, 2, 0), (16, 32, 4, 1, 32), (16, 32, 4, 1, 32)),
+    ("keys", 128): ((32, 64, 8, 1, 64), (32, 64, 8, 1, 64), (16, 64, 8, 1, 32), (16, 32, 8, 1, 32)),
+}
 
 
-def _side_by_side(x):
-    """x, its last axis contiguous."""
+def _machine():
+    """How tl.dot multiplies float32 to nearly its own precision on the matrix cores of this GPU, and the tiles
+    whose registers suffice there (as compiled; not yet measured on a GPU)."""
+    if interpreting():
+        return "ieee", TILES
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        return "ieee", SMALL_TILES
+    return "tf32x3", TILES if 90 <= target.arch < 120 else SMALL_TILES
+
+
+def _fit(x, width):
+    """x with its last axis contiguous, and zeros up to a width that is a power of two: tiles without masks load faster
+    and take fewer registers."""
+    if x.shape[-1] < width:
+        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _cut(x, like):
+    """x without the columns that were added."""
+    return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]].contiguous()
 
 
 class _Packing:
@@ -107,17 +124,17 @@ class _Operands:
             center, (0, 0, 0) if center is None else center.stride(), sigma,
             (0, 0, 0) if sigma is None else sigma.stride(), *self._unpadded(key_padding_mask), self.keys,
         )  # fmt: skip
-        self.block_d = common.power_of_2(self.head_dim, 16, 256)
-        self.block_v = common.power_of_2(self.value_dim, 16, 256)
+        self.block_d = common.power_of_2(self.head_dim, 16, 128)
+        self.block_v = common.power_of_2(self.value_dim, 16, 128)
         self.low, self.norms = (None, None, None), (None, None, None)
-        self.q, self.k, self.v = q, k, _side_by_side(v)
+        self.q, self.k, self.v = q, k, _fit(v, self.block_v)
         if gamma is not None or self.skips:
             self._move(q, k, key_padding_mask)
         if gamma is None:
-            self.q, self.k = _side_by_side(q), _side_by_side(k)
+            self.q, self.k = _fit(q, self.block_d), _fit(k, self.block_d)
+        full, self.tiles = _machine()
         self.meta = {
-            "BLOCK_D": self.block_d, "BLOCK_V": self.block_v, "EVEN_D": self.block_d == self.head_dim,
-            "EVEN_V": self.block_v == self.value_dim, "FULL": _precision(), "CAUSAL": is_causal,
+            "BLOCK_D": self.block_d, "BLOCK_V": self.block_v, "FULL": full, "CAUSAL": is_causal,
             "NORMALIZED": normalized,
         }  # fmt: skip
 
@@ -149,9 +166,9 @@ class _Operands:
         for x, heads, mask in ((q, self.heads, None), (k, self.kv_heads, padding)):
             length = x.shape[2]
             blocks = triton.cdiv(length, 32)
-            moved = torch.empty(x.shape, dtype=x.dtype, device=x.device) if moves else None
-            low = torch.empty(x.shape, dtype=x.dtype, device=x.device) if moves and self.half else None
-            norms = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
+            moved = self.empty(x) if moves else None
+            low = self.empty(x) if moves and self.half else None
+            norms = x.new_empty(x.shape[:3], dtype=torch.float32)
             sequence_of = self.packing.sequence_of(length, x is k) if moves else None
             common.launch(
                 move_kernel, (self.batch * heads * blocks,),
@@ -167,32 +184,41 @@ class _Operands:
 
     def variants(self, kernel):
         """The launches that a kernel takes: its block sizes and the other arguments that are constants."""
-        half, two_halves, full = TILES[kernel][max(self.block_d, self.block_v, 64)]
-        tiles = [(half, False)] if self.half else [(full, False)]
+        tiles = self.tiles[kernel, max(self.block_d, self.block_v, 64)]
+        one_kind = self.gamma is None or self.window[2] is None
+        plain = one_kind and self.masks[0] is None and self.masks[2] is None and self.packing.offsets[0] is None
+        kinds = [("plain" if plain else "mixed") if self.half else "float32"]
         if self.low[0] is not None:
-            tiles.append((two_halves, True))
-        for (block_m, block_n, warps, stages), low in tiles:
-            sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "LOW": low, "num_warps": warps}
+            kinds.append("low")
+        for kind in kinds:
+            block_m, block_n, warps, stages, chunk = tiles[KINDS.index(kind)]
+            sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "STAGES": stages}
+            sizes |= {"LOW": kind == "low", "CHUNK": min(chunk, self.block_d, self.block_v)}
             yield block_m, block_n, self.meta | sizes
 
     def sizes(self):
-        return self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim
+        return self.heads, self.kv_heads, self.queries, self.keys
+
+    def empty(self, like, values=False, slabs=0):
+        """For a result shaped like q or k, or like v, as wide as tiles are; float32 and several for slabs."""
+        shape = (*like.shape[:3], self.block_v if values else self.block_d)
+        if slabs:
+            return like.new_empty((slabs, *shape), dtype=torch.float32)
+        return like.new_empty(shape)
 
 
 def gaussian_attention_fwd(
     q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, scale, is_causal,
     normalized,
 ):  # fmt: skip
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if lse.numel() == 0:
-        return out, lse, torch.zeros_like(lse)
-    if k.shape[2] == 0:
-        return out.zero_(), lse.fill_(-float("inf")), torch.zeros_like(lse)
+    if lse.numel() == 0 or k.shape[2] == 0:
+        return q.new_zeros((*q.shape[:3], v.shape[3])), lse.fill_(-float("inf")), torch.zeros_like(lse)
     o = _Operands(
         q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, scale, is_causal,
         normalized,
     )  # fmt: skip
+    out = o.empty(q, values=True)
     for block_m, _, meta in o.variants("fwd"):
         blocks, packed = o.packing.blocks(block_m, o.queries)
         common.launch(
@@ -200,7 +226,7 @@ def gaussian_attention_fwd(
             o.q, o.k, o.v, o.low, o.norms, gamma, o.window, o.masks, packed, out, lse, o.q.stride(), o.k.stride(),
             o.v.stride(), *o.sizes(), blocks, o.packing.sequences, scale, **meta,
         )  # fmt: skip
-    return out, lse, torch.zeros_like(lse)
+    return _cut(out, v), lse, torch.zeros_like(lse)  # the backward pass finds itself what lse was rounded by
 
 
 def _gain(dout, dlse):
@@ -229,17 +255,15 @@ def _queries(o, dout, dlse, out, lse, gain, dq, dcenter, dsigma, for_keys):
     return shares, (*ranges, block_m, blocks, packed[2])
 
 
-def _keys(o, dout, gain, for_keys, ranges, dk, dv):
-    """Launch the kernel over blocks of keys: the gradients of k and v, into `dk` and `dv` or instead of them."""
+def _keys(o, dout, gain, for_keys, ranges, k, v):
+    """Launch the kernel over blocks of keys: the gradients of k and v."""
     group, slabs = o.heads // o.kv_heads, 0
-    parts = dk, dv
     for _, block_n, meta in o.variants("keys"):
         blocks, packed = o.packing.blocks(block_n, o.keys, of_keys=True)
         if not slabs:
             heads_each = triton.cdiv(group, min(group, triton.cdiv(PROGRAMS, o.batch * o.kv_heads * blocks)))
             slabs = triton.cdiv(group, heads_each)
-            if slabs > 1:
-                parts = [one.new_empty((slabs, *one.shape), dtype=torch.float32) for one in (dk, dv)]
+            parts = [o.empty(one, one is v, slabs if slabs > 1 else 0) for one in (k, v)]
         common.launch(
             keys_kernel, (o.batch * o.kv_heads * slabs * blocks,),
             dout, o.q, o.k, o.v, o.low, o.norms, o.gamma, o.window, o.masks, packed, gain, for_keys, ranges, *parts,
@@ -248,30 +272,31 @@ def _keys(o, dout, gain, for_keys, ranges, dk, dv):
             SCALED=o.gamma is not None and heads_each > 1, **meta,
         )  # fmt: skip
     if slabs > 1:
-        dk, dv = (part.sum(0).to(one.dtype) for part, one in zip(parts, (dk, dv), strict=True))
-    return dk, dv
+        parts = [part.sum(0).to(k.dtype) for part in parts]
+    return _cut(parts[0], k), _cut(parts[1], v)
 
 
 def gaussian_attention_bwd(
     dout, dlse, q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, out, lse,
     lse_rest, scale, is_causal, normalized,
 ):  # fmt: skip
-    dq, dk, dv = (one.new_empty(one.shape) for one in (q, k, v))
     dgamma, dcenter, dsigma = (lse.new_empty((0,) if one is None else one.shape) for one in (gamma, center, sigma))
     if lse.numel() == 0 or k.shape[2] == 0:
-        return tuple(one.zero_() for one in (dq, dk, dv, dgamma, dcenter, dsigma))
+        dq, dk, dv = (one.new_zeros(one.shape) for one in (q, k, v))
+        return dq, dk, dv, dgamma.zero_(), dcenter.zero_(), dsigma.zero_()
     o = _Operands(
         q, k, v, gamma, center, sigma, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, scale, is_causal,
         normalized,
     )  # fmt: skip
-    dout = _side_by_side(dout)
+    dout, out = (_fit(one, o.block_v) for one in (dout, out))
     if dlse is not None:
         dlse = dlse.contiguous()
-    gain = _gain(dout, dlse) if q.dtype == torch.float16 and dout.numel() else None
+    gain = _gain(dout, dlse) if q.dtype == torch.float16 else None
     for_keys = tuple(torch.empty_like(lse) for _ in range(3))
     window = [None if one is None else grad for one, grad in ((center, dcenter), (sigma, dsigma))]
+    dq = o.empty(q)
     shares, ranges = _queries(o, dout, dlse, out, lse, gain, dq, *window, for_keys)
     if gamma is not None:
         dgamma = shares.sum((0, 2), dtype=torch.float64).to(lse.dtype)
-    dk, dv = _keys(o, dout, gain, for_keys, ranges, dk, dv)
-    return dq, dk, dv, dgamma, dcenter, dsigma
+    dk, dv = _keys(o, dout, gain, for_keys, ranges, k, v)
+    return _cut(dq, q), dk, dv, dgamma, dcenter, dsigma

@@ -6,7 +6,7 @@ and delta what dlse amounts to there.
 
 The kernel over queries runs first. It finds what lse and out lost when they were rounded, and mends it: `a` makes the
 weights add up to one (float32 keeps 4e-6 of a sum whose logarithm is -80), and the sum of ds, which must be dlse, gives
-the error of delta (in half precision out has 8 or 11 bits, and the gradients of gamma, center and sigma are float32).
+the error of delta in half precision (out has 8 or 11 bits there, and the gradients of gamma, center and sigma float32).
 shift, delta and a are left to the kernel over keys. No program adds to what another writes.
 """
 
@@ -16,7 +16,6 @@ import triton.language as tl
 from trifuse.triton_kernels.common import LN2, LOG2E, wide
 from trifuse.triton_kernels.gaussian_attention_fwd import product_factor, spread_bits
 from trifuse.triton_kernels.gaussian_attention_tile import (
-    add_low_products,
     another_serves,
     dot,
     edges,
@@ -26,6 +25,7 @@ from trifuse.triton_kernels.gaussian_attention_tile import (
     locate,
     logits,
     narrow,
+    products_in_chunks,
     store_tile,
     unpadded,
 )
@@ -35,40 +35,44 @@ __all__ = ["keys_kernel", "queries_kernel"]
 
 @triton.jit
 def _over_keys(
-    dq, sums, q, q_low, k, k_low, v, dout, k_norms, q_norm, masks, center, weight, shift, delta, a, factor, gain,
-    q_stride, k_stride, v_stride, batch, head, i, low, high, first_query, first_key, queries, keys,
-    head_dim, value_dim,
-    CAUSAL: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
+    dq, sums, q, q_low, k, k_low, v, dout, k_norms, masks, center, weight, shift, delta, a, factor, gain,
+    dout_stride, q_stride, k_stride, v_stride, batch, head, i, low, high, first_query, first_key, queries, keys,
+    CAUSAL: tl.constexpr, EDGE: tl.constexpr, MEND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Over the keys [low, high), with `a` None where it is one, or not known yet. `sums`: of p and ds; of p D and ds D,
-    D the squared distances; of p r, ds r, p r^2 and ds r^2, r the places of the keys from the center."""
+    """Over the keys [low, high), with `a` None where it is one, or not known yet. `sums`: of p and ds; of both times
+    the squared distances, less those of q from the origin; of both times r, of both times r^2, r the places of the keys
+    from the center. Those of p only to MEND what delta lacks."""
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_N)
-        there, keep, key_term = None, None, None
+        there, keep = None, None
         if EDGE:
             there = j < keys
         if masks[2] is not None:
             there = unpadded(masks, batch, first_key, j, keys)
             keep = there[None, :]
-        keys_tile = load_tile(k, k_stride, j, d, there, head_dim, EVEN_D)
-        product = dot(q, tl.trans(keys_tile), None, FULL)
-        if k_low is not None:
-            product = add_low_products(
-                product, q, keys_tile, load_tile(q_low, q_stride, i, d, i < queries, head_dim, EVEN_D),
-                load_tile(k_low, k_stride, j, d, j < keys, head_dim, EVEN_D),
-            )  # fmt: skip
+        if CHUNK > 0:
+            product = products_in_chunks(
+                q, q_low, q_stride, i, i < queries, k, k_low, k_stride, j, there, BLOCK_D, CHUNK, FULL
+            )
+        else:
+            keys_tile = load_tile(k, k_stride, j, d, there)
+            product = dot(q, tl.trans(keys_tile), None, FULL)
         if k_norms is not None:
-            k_norm = tl.load(k_norms + j, mask=j < keys, other=0.0)
-            key_term = (k_norm * (0.5 * factor))[None, :]
+            product = tl.load(k_norms + j, mask=j < keys, other=0.0)[None, :] - 2.0 * product  # D - ||q||^2
         s = logits(
-            product, factor, key_term, center, weight, i[:, None], j[None, :], masks, batch, head, first_query,
-            first_key, queries, keys, keep, CAUSAL, EDGE,
+            product, factor, None, center, weight, i[:, None], j[None, :], masks, batch, head, first_query, first_key,
+            queries, keys, keep, CAUSAL, EDGE,
         )  # fmt: skip
         p = tl.exp2(s - shift[:, None])
-        values = load_tile(v, v_stride, j, e, there, value_dim, EVEN_V)
-        dp = dot(dout, tl.trans(values), None, FULL)
+        if CHUNK > 0:
+            dp = products_in_chunks(
+                dout, None, dout_stride, i, i < queries, v, None, v_stride, j, there, BLOCK_V, CHUNK, FULL
+            )
+            keys_tile = load_tile(k, k_stride, j, d, there)
+        else:
+            dp = dot(dout, tl.trans(load_tile(v, v_stride, j, e, there)), None, FULL)
         if a is not None:
             dp *= a[:, None]
         ds = p * (dp - delta[:, None])
@@ -76,16 +80,18 @@ def _over_keys(
         p_sum += tl.sum(p, 1)
         ds_sum += tl.sum(ds, 1)
         if k_norms is not None:
-            squared = (q_norm[:, None] + k_norm[None, :]) - 2.0 * product
-            far += tl.sum(p * squared, 1)
-            far_ds += tl.sum(ds * squared, 1)
+            far_ds += tl.sum(ds * product, 1)
+            if MEND:
+                far += tl.sum(p * product, 1)
         if weight is not None:
             distance = j.to(tl.float32)[None, :] - center
-            side, side_ds = p * distance, ds * distance
-            aside += tl.sum(side, 1)
-            aside_ds += tl.sum(side_ds, 1)
-            square += tl.sum(side * distance, 1)
-            square_ds += tl.sum(side_ds * distance, 1)
+            side = ds * distance
+            aside_ds += tl.sum(side, 1)
+            square_ds += tl.sum(side * distance, 1)
+            if MEND:
+                side = p * distance
+                aside += tl.sum(side, 1)
+                square += tl.sum(side * distance, 1)
         sums = p_sum, ds_sum, far, far_ds, aside, aside_ds, square, square_ds
         if gain is not None:
             ds *= gain
@@ -96,10 +102,10 @@ def _over_keys(
 @triton.jit
 def queries_kernel(
     dout, dlse, q, k, v, moved, norms, gamma, window, masks, packed, out, lse, gains, dq, dgamma, dcenter, dsigma,
-    for_keys, ranges, dout_strides, q_strides, k_strides, v_strides, heads, kv_heads, queries_all, keys_all, head_dim,
-    value_dim, n_blocks, sequences, scale,
+    for_keys, ranges, dout_strides, q_strides, k_strides, v_strides, heads, kv_heads, queries_all, keys_all, n_blocks,
+    sequences, scale,
     CAUSAL: tl.constexpr, NORMALIZED: tl.constexpr, LOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, FULL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one block of queries of a head: the gradients of q, center and sigma, the block's share of that of gamma,
@@ -118,9 +124,11 @@ def queries_kernel(
     row = (batch * heads + head) * queries_all + first_query
     q_at = batch * q_strides[0] + head * q_strides[1] + first_query * q_strides[2]
     k_at = batch * k_strides[0] + kv_head * k_strides[1] + first_key * k_strides[2]
-    q_tile = load_tile(q + q_at, q_strides[2], i, d, there, head_dim, EVEN_D)
+    q += q_at
+    q_held = q if CHUNK > 0 else load_tile(q, q_strides[2], i, d, there)
     dout += batch * dout_strides[0] + head * dout_strides[1] + first_query * dout_strides[2]
-    grad = load_tile(dout, dout_strides[2], i, e, there, value_dim, EVEN_V)
+    grad = load_tile(dout, dout_strides[2], i, e, there)
+    grad_held = dout if CHUNK > 0 else grad
 
     factor = product_factor(gamma, scale, head)
     log_sum = tl.load(lse + row + i, mask=there, other=float("-inf"))
@@ -129,8 +137,9 @@ def queries_kernel(
     if dlse is not None:
         incoming += tl.where(dead, 0.0, tl.load(dlse + row + i, mask=there, other=0.0))
     exponent, a = log_sum * LOG2E, None
+    MEND: tl.constexpr = NORMALIZED and q.dtype.element_ty != tl.float32
     if NORMALIZED:
-        result = load_tile(out + row * value_dim, value_dim, i, e, there, value_dim, EVEN_V)
+        result = load_tile(out + row * BLOCK_V, BLOCK_V, i, e, there)
         delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1) - incoming
     else:  # as it stands, but for rows so small that exp(-lse) is infinite
         exponent = tl.where(exponent < -120.0, exponent, 0.0)
@@ -151,12 +160,12 @@ def queries_kernel(
         tl.store(ranges[0] + (batch * heads + head) * n_blocks + place, low)
         tl.store(ranges[1] + (batch * heads + head) * n_blocks + place, high)
     low, middle = edges(low, high, block * BLOCK_M, keys, BLOCK_N, CAUSAL)
-    q_low, k_low, k_norms, q_norm, gain = None, None, None, None, None
+    q_low, k_low, k_norms, gain, loop_factor = None, None, None, None, factor
     if LOW:
         q_low, k_low = moved[0] + q_at, moved[1] + k_at
     if gamma is not None:
-        q_norm = tl.load(norms[0] + row + i, mask=there, other=0.0)
-        shift += q_norm * (0.5 * factor)
+        loop_factor = -0.5 * factor  # of squared distances
+        shift += tl.load(norms[0] + row + i, mask=there, other=0.0) * (0.5 * factor)
         k_norms = norms[1] + (batch * kv_heads + kv_head) * keys_all + first_key
     if gains is not None:
         gain = tl.load(gains)
@@ -166,23 +175,21 @@ def queries_kernel(
     nothing = tl.zeros((BLOCK_M,), tl.float32)
     sums = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
     acc, sums = _over_keys(
-        acc, sums, q_tile, q_low, k, k_low, v, grad, k_norms, q_norm, masks, center_2d, weight_2d, shift, delta, a,
-        factor, gain, q_strides[2], k_strides[2], v_strides[2], batch, head, i, low, middle,
-        first_query, first_key, queries, keys, head_dim, value_dim, False, False, BLOCK_N, BLOCK_D, BLOCK_V, EVEN_D,
-        EVEN_V, FULL, STAGES,
+        acc, sums, q_held, q_low, k, k_low, v, grad_held, k_norms, masks, center_2d, weight_2d, shift, delta, a,
+        loop_factor, gain, dout_strides[2], q_strides[2], k_strides[2], v_strides[2], batch, head, i, low, middle,
+        first_query, first_key, queries, keys,  False, False, MEND, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
     acc, sums = _over_keys(
-        acc, sums, q_tile, q_low, k, k_low, v, grad, k_norms, q_norm, masks, center_2d, weight_2d, shift, delta, a,
-        factor, gain, q_strides[2], k_strides[2], v_strides[2], batch, head, i, middle, high,
-        first_query, first_key, queries, keys, head_dim, value_dim, CAUSAL, True, BLOCK_N, BLOCK_D, BLOCK_V, EVEN_D,
-        EVEN_V, FULL, STAGES,
+        acc, sums, q_held, q_low, k, k_low, v, grad_held, k_norms, masks, center_2d, weight_2d, shift, delta, a,
+        loop_factor, gain, dout_strides[2], q_strides[2], k_strides[2], v_strides[2], batch, head, i, middle, high,
+        first_query, first_key, queries, keys,  CAUSAL, True, MEND, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
 
     p_sum, ds_sum, far, far_ds, aside, aside_ds, square, square_ds = sums
     wrong = nothing
     if NORMALIZED:
         a = 1.0 / tl.where(dead, 1.0, p_sum)
-        # What ds adds up to beside dlse is the error of delta.
+    if MEND:  # what ds adds up to beside dlse is the error of delta
         wrong = tl.where(dead, 0.0, a * ds_sum - incoming)
         delta += wrong
     tl.store(for_keys[0] + row + i, shift, mask=there)
@@ -193,13 +200,16 @@ def queries_kernel(
         acc /= gain
     if gamma is not None:
         # Loaded again: kept until here, it would take registers of the loop.
-        q_tile = load_tile(q + q_at, q_strides[2], i, d, there, head_dim, EVEN_D)
+        q_tile = load_tile(q, q_strides[2], i, d, there)
         acc = (acc - q_tile.to(tl.float32) * ds_sum[:, None]) * (unit * (factor * LN2))[:, None]
+        q_norm = tl.load(norms[0] + row + i, mask=there, other=0.0)
+        far_ds += q_norm * ds_sum
+        far += q_norm * p_sum
         share = -tl.sum(tl.where(there, unit * (far_ds - wrong * far), 0.0), 0)
         tl.store(dgamma + (batch * heads + head) * n_blocks + place, share)
     else:
         acc *= (unit * scale)[:, None]
-    store_tile(dq + row * head_dim, head_dim, i, d, queries, head_dim, acc)
+    store_tile(dq + row * BLOCK_D, i, d, there, acc)
     if weight is not None:
         inverse = weight * (2.0 * LN2)  # 1 / sigma^2
         share = unit * inverse
@@ -211,10 +221,9 @@ def queries_kernel(
 @triton.jit
 def _over_queries(
     dk, dv, ds_sum, k, k_low, v, q, q_low, dout, key_term, masks, window, for_keys, factor, gain, keep, j,
-    q_stride, k_stride, dout_stride, batch, head, low, high, row, first_query, first_key, queries, keys, head_dim,
-    value_dim,
+    q_stride, k_stride, v_stride, dout_stride, batch, head, low, high, row, first_query, first_key, queries, keys,
     CAUSAL: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Over the queries [low, high) of one head. Tiles have keys in rows. A query that is not there has an infinite
     shift, and a key that is not there only rows of its own, which nobody stores."""
@@ -222,25 +231,28 @@ def _over_queries(
     for start in tl.range(low, high, BLOCK_M, num_stages=STAGES):
         i = start + tl.arange(0, BLOCK_M)
         there = i < queries
-        queries_tile = load_tile(q, q_stride, i, d, there, head_dim, EVEN_D)
-        product = dot(k, tl.trans(queries_tile), None, FULL)
-        if k_low is not None:
-            product = add_low_products(
-                product, k, queries_tile, load_tile(k_low, k_stride, j, d, j < keys, head_dim, EVEN_D),
-                load_tile(q_low, q_stride, i, d, there, head_dim, EVEN_D),
-            )  # fmt: skip
+        if CHUNK > 0:
+            product = products_in_chunks(
+                k, k_low, k_stride, j, keep, q, q_low, q_stride, i, there, BLOCK_D, CHUNK, FULL
+            )
+        else:
+            queries_tile = load_tile(q, q_stride, i, d, there)
+            product = dot(k, tl.trans(queries_tile), None, FULL)
         center, weight = load_window(window, batch, head, first_query, i, queries)
         center_2d, weight_2d = None, None
         if weight is not None:
             center_2d, weight_2d = center[None, :], weight[None, :]
         s = logits(
             product, factor, key_term, center_2d, weight_2d, i[None, :], j[:, None], masks, batch, head, first_query,
-            first_key, queries, keys, keep, CAUSAL, False,
+            first_key, queries, keys, keep[:, None] if masks[2] is not None else None, CAUSAL, False,
         )  # fmt: skip
         shift = tl.load(for_keys[0] + row + i, mask=there, other=float("inf"))
         p = tl.exp2(s - shift[None, :])
-        grad = load_tile(dout, dout_stride, i, e, there, value_dim, EVEN_V)
-        dp = dot(v, tl.trans(grad), None, FULL)
+        grad = load_tile(dout, dout_stride, i, e, there)
+        if CHUNK > 0:
+            dp = products_in_chunks(v, None, v_stride, j, keep, dout, None, dout_stride, i, there, BLOCK_V, CHUNK, FULL)
+        else:
+            dp = dot(v, tl.trans(grad), None, FULL)
         delta = tl.load(for_keys[1] + row + i, mask=there, other=0.0)
         weights = p * tl.load(for_keys[2] + row + i, mask=there, other=0.0)[None, :]
         dv = dot(weights.to(grad.dtype), grad, dv, FULL)
@@ -249,6 +261,8 @@ def _over_queries(
             ds *= gain
         if key_term is not None:
             ds_sum += tl.sum(ds, 1)
+        if CHUNK > 0:
+            queries_tile = load_tile(q, q_stride, i, d, there)
         dk = dot(ds.to(queries_tile.dtype), queries_tile, dk, FULL)
     return dk, dv, ds_sum
 
@@ -273,10 +287,10 @@ def _reached(ranges, row, first_key, last_key, n_queries):
 @triton.jit
 def keys_kernel(
     dout, q, k, v, moved, norms, gamma, window, masks, packed, gains, for_keys, ranges, dk, dv,
-    dout_strides, q_strides, k_strides, v_strides, batches, heads, kv_heads, queries_all, keys_all, head_dim, value_dim,
+    dout_strides, q_strides, k_strides, v_strides, batches, heads, kv_heads, queries_all, keys_all,
     n_blocks, n_slabs, heads_each, sequences, scale,
     CAUSAL: tl.constexpr, NORMALIZED: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one block of keys of a head: the gradients of k and v, over a slab of the heads of queries that read them.
@@ -291,14 +305,14 @@ def keys_kernel(
         return
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    there, keep = j < keys, None
+    there = j < keys
     if masks[2] is not None:
         there = there & unpadded(masks, batch, first_key, j, keys)
-        keep = there[:, None]
     k += batch * k_strides[0] + kv_head * k_strides[1] + first_key * k_strides[2]
     v += batch * v_strides[0] + kv_head * v_strides[1] + first_key * v_strides[2]
-    k_tile = load_tile(k, k_strides[2], j, d, there, head_dim, EVEN_D)
-    v_tile = load_tile(v, v_strides[2], j, e, there, value_dim, EVEN_V)
+    k_held, v_held = k, v
+    if CHUNK == 0:
+        k_held, v_held = load_tile(k, k_strides[2], j, d, there), load_tile(v, v_strides[2], j, e, there)
     k_norm, k_low = None, None
     if LOW:
         k_low = moved[1] + batch * k_strides[0] + kv_head * k_strides[1] + first_key * k_strides[2]
@@ -343,21 +357,21 @@ def keys_kernel(
             middle = low + tl.cdiv(tl.maximum(past - low, 0), BLOCK_M) * BLOCK_M
             middle = tl.minimum(middle, tl.maximum(high, low))
             dk_acc, dv_acc, ds_sum = _over_queries(
-                dk_acc, dv_acc, ds_sum, k_tile, k_low, v_tile, q_at, q_low, grad_at, key_term, masks, window, for_keys,
-                factor, gain, keep, j, q_strides[2], k_strides[2], dout_strides[2], batch, head, low, middle,
-                row, first_query, first_key, queries, keys, head_dim, value_dim, True, NORMALIZED, BLOCK_M, BLOCK_D,
-                BLOCK_V, EVEN_D, EVEN_V, FULL, STAGES,
+                dk_acc, dv_acc, ds_sum, k_held, k_low, v_held, q_at, q_low, grad_at, key_term, masks, window, for_keys,
+                factor, gain, there, j, q_strides[2], k_strides[2], v_strides[2], dout_strides[2], batch, head, low,
+                middle, row, first_query, first_key, queries, keys, True, NORMALIZED, BLOCK_M, BLOCK_D,
+                BLOCK_V, CHUNK, FULL, STAGES,
             )  # fmt: skip
         dk_acc, dv_acc, ds_sum = _over_queries(
-            dk_acc, dv_acc, ds_sum, k_tile, k_low, v_tile, q_at, q_low, grad_at, key_term, masks, window, for_keys,
-            factor, gain, keep, j, q_strides[2], k_strides[2], dout_strides[2], batch, head, middle, high,
-            row, first_query, first_key, queries, keys, head_dim, value_dim, False, NORMALIZED, BLOCK_M, BLOCK_D,
-            BLOCK_V, EVEN_D, EVEN_V, FULL, STAGES,
+            dk_acc, dv_acc, ds_sum, k_held, k_low, v_held, q_at, q_low, grad_at, key_term, masks, window, for_keys,
+            factor, gain, there, j, q_strides[2], k_strides[2], v_strides[2], dout_strides[2], batch, head, middle,
+            high, row, first_query, first_key, queries, keys, False, NORMALIZED, BLOCK_M, BLOCK_D,
+            BLOCK_V, CHUNK, FULL, STAGES,
         )  # fmt: skip
 
     if gamma is not None:
         # Loaded again: kept until here, it would take registers of the loop.
-        k_tile = load_tile(k, k_strides[2], j, d, there, head_dim, EVEN_D)
+        k_tile = load_tile(k, k_strides[2], j, d, there)
         dk_acc -= k_tile.to(tl.float32) * ds_sum[:, None]
     if SCALED:
         dk_acc *= LN2 / unit
@@ -366,5 +380,5 @@ def keys_kernel(
     else:
         dk_acc *= scale / unit
     row = ((slab * batches + batch) * kv_heads + kv_head) * keys_all + first_key
-    store_tile(dk + row * head_dim, head_dim, j, d, keys, head_dim, dk_acc)
-    store_tile(dv + row * value_dim, value_dim, j, e, keys, value_dim, dv_acc)
+    store_tile(dk + row * BLOCK_D, j, d, j < keys, dk_acc)
+    store_tile(dv + row * BLOCK_V, j, e, j < keys, dv_acc)

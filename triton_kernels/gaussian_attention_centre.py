@@ -78,8 +78,8 @@ def move_kernel(
     head_dim, sequences, n_blocks,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of rows of q or k: moved by the centre, in its dtype and what that rounds off, and the squared norms.
-    Without a centre the norms alone."""
+    """Of a block of rows of q or k: moved by the centre, in its dtype and what that rounds off, with zeros up to
+    BLOCK_D columns, and the squared norms. Without a centre the norms alone."""
     program = wide(tl.program_id(0))
     block, head, batch = program % n_blocks, program // n_blocks % heads, program // n_blocks // heads
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -102,10 +102,10 @@ def move_kernel(
         shift = tl.load(centre + place[:, None] * head_dim + d[None, :], mask=mask, other=0.0)
         value = tl.where(counts, value - shift, 0.0)
         high = value.to(moved.dtype.element_ty)
-        tl.store(moved + row[:, None] * head_dim + d[None, :], high, mask=mask)
+        tl.store(moved + row[:, None] * BLOCK_D + d[None, :], high, mask=there[:, None])
         if low is not None:
             rest = value - high.to(tl.float32)
-            tl.store(low + row[:, None] * head_dim + d[None, :], rest.to(low.dtype.element_ty), mask=mask)
+            tl.store(low + row[:, None] * BLOCK_D + d[None, :], rest.to(low.dtype.element_ty), mask=there[:, None])
             # Every program that writes writes the same.
             tl.store(low_seen + place, 1, mask=there & (tl.max((rest != 0.0).to(tl.int32), 1) > 0))
     tl.store(norms + row, tl.sum(value * value, 1), mask=there)

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from trifuse.triton_kernels.common import LN2, LOG2E, wide
 from trifuse.triton_kernels.gaussian_attention_tile import (
-    add_low_products,
     another_serves,
     dot,
     edges,
@@ -14,6 +13,7 @@ from trifuse.triton_kernels.gaussian_attention_tile import (
     load_window,
     locate,
     logits,
+    products_in_chunks,
     store_tile,
     unpadded,
 )
@@ -45,11 +45,12 @@ def spread_bits(norms, gamma, factor, batch, kv_heads, kv_head, place, there):
 @triton.jit
 def _walk(
     acc, peak, total, q, q_low, k, k_low, v, k_norms, masks, center, weight, factor, q_stride, k_stride,
-    v_stride, batch, head, i, low, high, first_query, first_key, queries, keys, head_dim, value_dim,
+    v_stride, batch, head, i, low, high, first_query, first_key, queries, keys,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Over the keys [low, high): the weighted sum, the largest logit and the sum of weights relative to it."""
+    """Over the keys [low, high), with q a tile or, for products in chunks, where it is:
+    the weighted sum, the largest logit and the sum of weights relative to it."""
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_N)
@@ -59,13 +60,12 @@ def _walk(
         if masks[2] is not None:
             there = unpadded(masks, batch, first_key, j, keys)
             keep = there[None, :]
-        keys_tile = load_tile(k, k_stride, j, d, there, head_dim, EVEN_D)
-        s = dot(q, tl.trans(keys_tile), None, FULL)
-        if k_low is not None:
-            s = add_low_products(
-                s, q, keys_tile, load_tile(q_low, q_stride, i, d, i < queries, head_dim, EVEN_D),
-                load_tile(k_low, k_stride, j, d, j < keys, head_dim, EVEN_D),
-            )  # fmt: skip
+        if CHUNK > 0:
+            s = products_in_chunks(
+                q, q_low, q_stride, i, i < queries, k, k_low, k_stride, j, there, BLOCK_D, CHUNK, FULL
+            )
+        else:
+            s = dot(q, tl.trans(load_tile(k, k_stride, j, d, there)), None, FULL)
         if k_norms is not None:
             key_term = (tl.load(k_norms + j, mask=j < keys, other=0.0) * (0.5 * factor))[None, :]
         s = logits(
@@ -77,7 +77,7 @@ def _walk(
         p = tl.exp2(s - base[:, None])
         fade = tl.exp2(peak - base)
         total = total * fade + tl.sum(p, 1)
-        values = load_tile(v, v_stride, j, e, there, value_dim, EVEN_V)
+        values = load_tile(v, v_stride, j, e, there)
         acc = dot(p.to(values.dtype), values, acc * fade[:, None], FULL)
         peak = higher
     return acc, peak, total
@@ -86,10 +86,10 @@ def _walk(
 @triton.jit
 def fwd_kernel(
     q, k, v, moved, norms, gamma, window, masks, packed, out, lse, q_strides, k_strides, v_strides, heads, kv_heads,
-    queries_all, keys_all, head_dim, value_dim, n_blocks, sequences, scale,
+    queries_all, keys_all, n_blocks, sequences, scale,
     CAUSAL: tl.constexpr, NORMALIZED: tl.constexpr, LOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, FULL: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The output and its logsumexp of one block of queries of a head. `moved`: low halves of q and k and whether
     there are any; `norms`: of q, of k, and the largest of k per head."""
@@ -106,7 +106,8 @@ def fwd_kernel(
     row = (batch * heads + head) * queries_all + first_query
     q_at = batch * q_strides[0] + head * q_strides[1] + first_query * q_strides[2]
     k_at = batch * k_strides[0] + kv_head * k_strides[1] + first_key * k_strides[2]
-    q_tile = load_tile(q + q_at, q_strides[2], i, tl.arange(0, BLOCK_D), there, head_dim, EVEN_D)
+    q += q_at
+    q_held = q if CHUNK > 0 else load_tile(q, q_strides[2], i, tl.arange(0, BLOCK_D), there)
 
     factor = product_factor(gamma, scale, head)
     center, weight = load_window(window, batch, head, first_query, i, queries)
@@ -128,14 +129,14 @@ def fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     peak, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc, peak, total = _walk(
-        acc, peak, total, q_tile, q_low, k, k_low, v, k_norms, masks, center_2d, weight_2d, factor,
+        acc, peak, total, q_held, q_low, k, k_low, v, k_norms, masks, center_2d, weight_2d, factor,
         q_strides[2], k_strides[2], v_strides[2], batch, head, i, low, middle, first_query, first_key, queries, keys,
-        head_dim, value_dim, False, False, BLOCK_N, BLOCK_D, BLOCK_V, EVEN_D, EVEN_V, FULL, STAGES,
+        False, False, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
     acc, peak, total = _walk(
-        acc, peak, total, q_tile, q_low, k, k_low, v, k_norms, masks, center_2d, weight_2d, factor,
+        acc, peak, total, q_held, q_low, k, k_low, v, k_norms, masks, center_2d, weight_2d, factor,
         q_strides[2], k_strides[2], v_strides[2], batch, head, i, middle, high, first_query, first_key, queries, keys,
-        head_dim, value_dim, CAUSAL, True, BLOCK_N, BLOCK_D, BLOCK_V, EVEN_D, EVEN_V, FULL, STAGES,
+        CAUSAL, True, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
 
     dead = peak == float("-inf")
@@ -143,5 +144,5 @@ def fwd_kernel(
         peak -= tl.load(norms[0] + row + i, mask=there, other=0.0) * (0.5 * factor)
     share = 1.0 / total if NORMALIZED else tl.exp2(peak)
     acc *= tl.where(dead, 0.0, share)[:, None]
-    store_tile(out + row * value_dim, value_dim, i, tl.arange(0, BLOCK_V), queries, value_dim, acc)
+    store_tile(out + row * BLOCK_V, i, tl.arange(0, BLOCK_V), there, acc)
     tl.store(lse + row + i, tl.where(dead, float("-inf"), (peak + tl.log2(total)) * LN2), mask=there)

@@ -17,8 +17,8 @@ import triton.language as tl
 from trifuse.triton_kernels.common import LOG2E, wide
 
 __all__ = [
-    "NEGLIGIBLE_BITS", "add_low_products", "another_serves", "dot", "edges", "key_range", "load_tile", "load_window",
-    "locate", "logits", "narrow", "store_tile", "unpadded",
+    "NEGLIGIBLE_BITS", "another_serves", "dot", "edges", "key_range", "load_tile", "load_window", "locate", "logits",
+    "narrow", "products_in_chunks", "store_tile", "unpadded",
 ]  # fmt: skip
 
 # Keys are passed over if all of them together weigh less than 2 ** -32 of a row's largest weight.
@@ -37,7 +37,7 @@ def dot(a, b, acc, FULL: tl.constexpr):
 @triton.jit
 def narrow(n):
     """A place or a number of places, in 32 bits."""
-    return tl.full((), 1, tl.int32) * n
+    return wide(n).to(tl.int32)
 
 
 @triton.jit
@@ -62,33 +62,37 @@ def locate(block, packed, queries, keys, KEYS: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, stride, row, col, there, cols, EVEN: tl.constexpr):
-    """Rows of a matrix from `ptr` on, the columns of which lie side by side; those rows that are `there` (None: all).
-    Not EVEN: there are fewer columns than in the tile."""
+def load_tile(ptr, stride, row, col, there):
+    """Rows of a matrix from `ptr` on, the columns of which lie side by side; those that are `there` (None: all)."""
     at = ptr + row.to(tl.int64)[:, None] * stride + col[None, :]
-    if there is not None:
-        mask = there[:, None]
-        if not EVEN:
-            mask = mask & (col < cols)[None, :]
-        return tl.load(at, mask=mask, other=0.0)
-    elif EVEN:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=(col < cols)[None, :], other=0.0)
+    return tl.load(at) if there is None else tl.load(at, mask=there[:, None], other=0.0)
 
 
 @triton.jit
-def store_tile(ptr, stride, row, col, rows, cols, value):
-    at = ptr + row.to(tl.int64)[:, None] * stride + col[None, :]
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols)[None, :])
+def store_tile(ptr, row, col, there, value):
+    """Rows of a contiguous matrix as wide as the tile."""
+    at = ptr + row.to(tl.int64)[:, None] * value.shape[1] + col[None, :]
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
-def add_low_products(s, high_a, high_b, low_a, low_b):
-    """To high_a @ high_b^T what the low halves of the operands add: the product of the whole numbers."""
-    s = tl.dot(low_a, tl.trans(low_b), s)
-    s = tl.dot(low_a, tl.trans(high_b), s)
-    return tl.dot(high_a, tl.trans(low_b), s)
+def products_in_chunks(
+    a, a_low, a_stride, row, a_there, b, b_low, b_stride, col, b_there,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """a @ b^T of rows of two matrices, CHUNK columns at a time, for what leaves no registers to hold either: float32,
+    whose products are split in parts, and half precision with low halves, which are added to both."""
+    s = tl.zeros((row.shape[0], col.shape[0]), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        d = start + tl.arange(0, CHUNK)
+        x, y = load_tile(a, a_stride, row, d, a_there), load_tile(b, b_stride, col, d, b_there)
+        s = dot(x, tl.trans(y), s, FULL)
+        if a_low is not None:
+            x_low, y_low = load_tile(a_low, a_stride, row, d, a_there), load_tile(b_low, b_stride, col, d, b_there)
+            s = tl.dot(x_low, tl.trans(y_low), s)
+            s = tl.dot(x_low, tl.trans(y), s)
+            s = tl.dot(x, tl.trans(y_low), s)
+    return s
 
 
 @triton.jit

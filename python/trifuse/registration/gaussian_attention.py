@@ -98,7 +98,7 @@ def _triton_refusals(call: Any) -> list[str]:
     return reasons
 
 
-TRITON_LARGEST_HEAD = 256
+TRITON_LARGEST_HEAD = 128
 
 
 def register_backends(op: Op) -> None:

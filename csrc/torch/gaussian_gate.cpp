@@ -9,9 +9,9 @@ namespace {
 
 SliceView slice_view(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-void fill(GaussianGateShape& p, const Tensor& x, const Tensor& offset, const Tensor& width,
-          const OptionalTensor& alpha, const OptionalTensor& mask, int64_t heads, int64_t share, bool outer,
-          double eps, bool squared, bool multiply) {
+void fill(GaussianGateShape& p, const Tensor& x, const Tensor& offset, const Tensor& width, const OptionalTensor& alpha,
+          const OptionalTensor& mask, int64_t heads, int64_t share, bool outer, double eps, bool squared,
+          bool multiply) {
   p.outer = x.size(0);
   p.length = x.size(1);
   p.inner = x.size(2);
@@ -64,9 +64,9 @@ std::tuple<Tensor, Tensor> gaussian_gate_fwd(Tensor x, Tensor offset, Tensor wid
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_gate_bwd(Tensor dout, Tensor x, Tensor offset, Tensor width,
-                                                             OptionalTensor alpha, OptionalTensor mask,
-                                                             Tensor stats, int64_t heads, int64_t share, bool outer,
-                                                             double eps, bool squared, bool multiply) {
+                                                             OptionalTensor alpha, OptionalTensor mask, Tensor stats,
+                                                             int64_t heads, int64_t share, bool outer, double eps,
+                                                             bool squared, bool multiply) {
   GaussianGateBwdParams p;
   fill(p, x, offset, width, alpha, mask, heads, share, outer, eps, squared, multiply);
   const Tensor dx = empty({p.outer, p.length, p.inner}, x.scalar_type(), x);

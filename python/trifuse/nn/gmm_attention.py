@@ -24,8 +24,8 @@ class MonotonicGMMAttention(nn.Module):
 
     Args:
         query_dim: size of a query, usually the state of the decoder.
-        num_mixtures: K, the number of Gaussians (the paper's 5).
-        hidden_dim: size of the hidden layer (the paper's 128).
+        num_mixtures: K, the number of Gaussians.
+        hidden_dim: size of the hidden layer.
         initial_step: positions that the means move by in a step at the start of training; above 0.
         initial_width: the Gaussians' standard deviation at the start of training, in positions; above 0.
         eps: least standard deviation, so that a density stays finite; above 0.
@@ -38,7 +38,7 @@ class MonotonicGMMAttention(nn.Module):
         TypeError, ValueError: naming the argument, what it was and what it must be.
 
     Source: Battenberg et al., "Location-Relative Attention Mechanisms for Robust Long-Form Speech Synthesis", 2020
-    (arXiv 1910.10288), section 2.2; the mixture of Graves, "Generating Sequences With Recurrent Neural Networks",
+    (arXiv 1910.10288); the mixture of Graves, "Generating Sequences With Recurrent Neural Networks",
     2013 (arXiv 1308.0850), section 5.
     """
 

@@ -85,7 +85,7 @@ def gmm_attention_step(
 
     Source: Graves, "Generating Sequences With Recurrent Neural Networks", 2013 (arXiv 1308.0850), section 5;
     Battenberg et al., "Location-Relative Attention Mechanisms for Robust Long-Form Speech Synthesis", 2020
-    (arXiv 1910.10288), section 2.2.
+    (arXiv 1910.10288), GMMv2.
     """
     call = prepare(
         values, weight, delta, sigma, mean, key_padding_mask=key_padding_mask, return_alignment=return_alignment

@@ -31,9 +31,9 @@ def gmm_attention_step(
         accumulation dtype: float32 for half precision, otherwise that of values. Padding, and positions where every
         density is 0 in that dtype, take no part: their alignment is 0 and their values do not matter.
 
-    Source: Graves, "Generating Sequences With Recurrent Neural Networks", 2013, equations 46 to 51; with the
-    normalised densities of Battenberg et al., "Location-Relative Attention Mechanisms for Robust Long-Form Speech
-    Synthesis", 2020, section 2.2 (V1, V2).
+    Source: Graves, "Generating Sequences With Recurrent Neural Networks", 2013, section 5; with the normalised
+    densities of Battenberg et al., "Location-Relative Attention Mechanisms for Robust Long-Form Speech Synthesis",
+    2020 (GMMv2).
     """
     acc = torch.promote_types(values.dtype, torch.float32)
     weight, delta, sigma, mean = (x.to(acc) for x in (weight, delta, sigma, mean))

@@ -83,9 +83,9 @@ def gaussian_adaptive_attention(
             ``eps`` the weights no longer sum to one.
         return_weights: also return the weights.
 
-    A head with fewer than two entries that take part has the variance ``eps``: one entry gets weight 1 and no gradient
-    through the statistics, and where none takes part outputs and gradients are 0. All tensor arguments are
-    differentiable once; for second derivatives use ``with trifuse.backend("reference")``. Kept for the backward pass
+    A head with fewer than two entries that take part has the variance ``eps``: one entry gets weight 1 ("clamped": at
+    most 1) and no gradient through the statistics, and where none takes part outputs and gradients are 0. All tensor
+    arguments are differentiable once; for second derivatives use ``with trifuse.backend("reference")``. Kept for the backward pass
     are ``x`` and three numbers per slice and head. The dtypes are those of the arguments, also under autocast. Widths
     are looked at on a CPU only: on a GPU that would wait for the device.
 
@@ -158,11 +158,11 @@ def _check_options(op: str, x: Tensor, dim: int, num_heads: int, padding_value: 
                    normalization: str) -> None:  # fmt: skip
     if normalization not in NORMALIZATIONS:
         raise ValueError(f'{op}: normalization is {normalization!r}; it must be "stable" or "clamped"')
-    if not isinstance(dim, int):
+    if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"{op}: dim is {type(dim).__name__}; it must be an int")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"{op}: dim is {dim}; beside x {tuple(x.shape)} it must be from {-x.dim()} to {x.dim() - 1}")
-    if not isinstance(num_heads, int):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"{op}: num_heads is {type(num_heads).__name__}; it must be an int")
     if num_heads < 1:
         raise ValueError(f"{op}: num_heads is {num_heads}; it must be at least 1")
@@ -171,10 +171,12 @@ def _check_options(op: str, x: Tensor, dim: int, num_heads: int, padding_value: 
             f"{op}: num_heads is {num_heads}; it must be at most N = {x.shape[dim]}, the size of dim {dim}"
         )
     for name, value in (("eps", eps), ("padding_value", padding_value)):
-        if not isinstance(value, (int, float)) and (name == "eps" or value is not None):
+        if value is None and name == "padding_value":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             also = "" if name == "eps" else " or None"
             raise TypeError(f"{op}: {name} is {type(value).__name__}; it must be a float{also}")
-    if not (eps > 0 and math.isfinite(eps)):
+    if not 0 < eps < math.inf:  # a traced number can be compared, but not asked whether it is finite
         raise ValueError(f"{op}: eps is {eps}; it must be positive and finite")
 
 

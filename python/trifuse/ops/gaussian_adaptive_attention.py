@@ -85,9 +85,9 @@ def gaussian_adaptive_attention(
 
     A head with fewer than two entries that take part has the variance ``eps``: one entry gets weight 1 ("clamped": at
     most 1) and no gradient through the statistics, and where none takes part outputs and gradients are 0. All tensor
-    arguments are differentiable once; for second derivatives use ``with trifuse.backend("reference")``. Kept for the backward pass
-    are ``x`` and three numbers per slice and head. The dtypes are those of the arguments, also under autocast. Widths
-    are looked at on a CPU only: on a GPU that would wait for the device.
+    arguments are differentiable once; for second derivatives use ``with trifuse.backend("reference")``. Kept for the
+    backward pass are ``x`` and three numbers per slice and head. The dtypes are those of the arguments, also under
+    autocast. Widths are looked at on a CPU only: on a GPU that would wait for the device.
 
     Returns:
         The output with the shape, dtype and memory order of ``x``; with ``return_weights`` the pair

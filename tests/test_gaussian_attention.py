@@ -442,6 +442,12 @@ def test_every_instruction_set(isa, dtype, kind, causal):
 
 
 @cpp_only
+@pytest.mark.parametrize("dim", [(8, 200), (256, 8), (300, 300)])
+def test_heads_beyond_what_triton_holds(dim):
+    check("cpp", make(batch=1, queries=70, keys=50, dim=dim[0], value_dim=dim[1]))
+
+
+@cpp_only
 @any_case
 @fuzz
 def test_any_call_in_double_precision(case):

@@ -157,7 +157,7 @@ def test_double_precision_and_wide_heads_are_refused_by_triton_with_a_reason():
     assert "it computes in float32, and the inputs are float64" in refusals
     wide = arguments(v=torch.zeros(BATCH, HEADS, KEYS, 300))
     refusals = trifuse.explain("gaussian_attention", **wide).refusals["triton"]
-    assert "it holds heads of up to 256 numbers, and those of v have 300" in refusals
+    assert "it holds heads of up to 128 numbers, and those of v have 300" in refusals
 
 
 @cpp_only

@@ -109,6 +109,9 @@ def gaussian_attention(
     has output 0, lse -inf and gradient 0. q, k and v follow autocast as those of ``scaled_dot_product_attention`` do;
     logits and sums are float32 (float64 for float64). Values of tensors on a GPU are not checked.
 
+    Keys that a window certainly leaves no more than 3e-10 of a query's weights, all together, are passed over (1e-20 in
+    float64), so that time with a narrow window grows like L; an added attn_mask, and on a GPU any, prevents that.
+
     Returns:
         ``out`` ``(B, H, L, dv)`` in q's dtype; with ``return_lse`` the pair ``(out, lse)``, ``lse`` ``(B, H, L)`` in
         the accumulation dtype.

@@ -112,13 +112,26 @@ struct QueryRows {
 
 template <class T, class M>
 void add_mask_row(T* to, const M* mask, int64_t stride, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    if constexpr (std::is_same_v<M, bool>) {
-      to[j] = mask[j * stride] ? to[j] : kNever<T>;
-    } else {
-      to[j] += scalar_as<T>(mask[j * stride]);
+  if (stride == 1) {
+    for (int64_t j = 0; j < n; ++j) to[j] += scalar_as<T>(mask[j]);
+  } else {
+    for (int64_t j = 0; j < n; ++j) to[j] += scalar_as<T>(mask[j * stride]);
+  }
+}
+template <class T>
+void add_mask_row(T* to, const bool* mask, int64_t stride, int64_t n) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t j = 0;
+  if (stride == 1) {
+    for (; j + lanes <= n; j += lanes) {
+      typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+      Bytes bytes;
+      __builtin_memcpy(&bytes, mask + j, sizeof bytes);
+      const IVec<T> kept = __builtin_convertvector(bytes, IVec<T>) != 0;
+      store<T>(to + j, (Vec<T>)((kept & (IVec<T>)load<T>(to + j)) | (~kept & (IVec<T>)splat(kNever<T>))));
     }
   }
+  for (; j < n; ++j) to[j] = mask[j * stride] ? to[j] : kNever<T>;
 }
 
 // Whether logits of queries [first_row, ...) and these keys need a bias: a mask, padding, or the end of the keys.

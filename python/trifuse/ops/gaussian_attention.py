@@ -95,7 +95,8 @@ def gaussian_attention(
             window.
         attn_mask: broadcastable to ``(B, H, L, S)``: bool, True takes part; or floating, of q's or the accumulation
             dtype, added to the logits. One that requires grad is served by the reference only.
-        key_padding_mask: ``(B, S)`` bool, True is padding, as in ``torch.nn.MultiheadAttention``.
+        key_padding_mask: ``(B, S)`` bool, True is padding, as in ``torch.nn.MultiheadAttention``; what it holds does
+            not matter, even NaN.
         is_causal: query i sees the keys ``j <= i`` only (aligned at the first key, also where ``L != S``).
         enable_gqa: Hk may divide H; query head h reads head ``h // (H / Hk)`` of k and v.
         cu_seqlens_q: ``(n + 1,)`` int32 or int64, the offsets of n sequences packed along L of a batch of one: each

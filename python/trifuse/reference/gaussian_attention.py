@@ -36,7 +36,7 @@ def gaussian_attention(
         center, sigma: broadcastable to ``(B, H, L)``: ``-(j - center)^2 / (2 sigma^2)`` is added; the default of
             center is the query's own position.
         attn_mask: broadcastable to ``(B, H, L, S)``, bool (True takes part) or added to the logits.
-        key_padding_mask: ``(B, S)`` bool, True is padding.
+        key_padding_mask: ``(B, S)`` bool, True is padding, which may hold anything.
         cu_seqlens_q, cu_seqlens_k: ``(n + 1,)`` offsets of n sequences packed into a batch of one.
         scale: of the dot products; ``1 / sqrt(d)`` if None.
         is_causal: position i sees the positions ``j <= i``.
@@ -64,6 +64,8 @@ def gaussian_attention(
         def one_sequence(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
             kept = None if key_padding_mask is None else ~key_padding_mask[:, columns]
             qs, ks, vs = q_acc[:, :, rows], k_acc[:, :, columns], v_acc[:, :, columns]
+            if kept is not None:  # padding may hold NaN, which no product with a weight of 0 takes away
+                ks, vs = (torch.where(kept[:, None, :, None], one, 0) for one in (ks, vs))
             mask = None if attn_mask is None else attn_mask[:, :, rows, columns]
             window = [None if one is None else one[:, :, rows] for one in windows]
             logits = _similarity(qs, ks, gamma, scale, kept, groups) + _window(*window, ks.shape[2])

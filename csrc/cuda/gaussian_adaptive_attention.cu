@@ -81,13 +81,15 @@ void fill(gaam::Args& a, const GaussianAdaptiveAttentionShape& p) {
 }
 
 // `simple`: nothing but x, and dout, goes in. `whole`: every row that is read or written is made of vectors.
-Plan plan_of(gaam::Args& a, DType dtype, bool simple, bool whole) {
+Plan plan_of(gaam::Args& a, DType dtype, bool forward, bool simple, bool whole) {
   Plan plan;
-  const int64_t held = held_of(dtype), length = a.last_part, per_vector = 16 / bytes_of(dtype);
+  const int64_t length = a.last_part, per_vector = 16 / bytes_of(dtype);
   const bool columns = a.inner >= kLeastColumns && a.x.inner == 1;
   simple = simple && dtype != DType::kFloat64;
   whole = simple && whole && a.part % per_vector == 0 && a.last_part % per_vector == 0;
   plan.general = columns ? !simple : !whole;
+  const bool twice = forward && !columns && !plan.general && bytes_of(dtype) == 2;
+  const int64_t held = twice ? gaam::kFwdHeld<f16, true> : held_of(dtype);
   const int64_t most_threads = plan.general ? gaam::kMaxGeneralThreads : gaam::kMaxThreads;
   a.columns = 1;
   if (columns) {
@@ -106,7 +108,7 @@ Plan plan_of(gaam::Args& a, DType dtype, bool simple, bool whole) {
     if (columns) a.columns = a.inner >= kMostColumns ? kMostColumns : a.inner >= 16 ? 16 : kLeastColumns;
     slices = a.columns;
   } else if (!columns && length <= 32 * held) {
-    plan.way = whole && length <= 8 * held ? Way::kEight : Way::kWarp;
+    plan.way = !whole || length > 8 * held ? Way::kWarp : twice && length <= 4 * held ? Way::kFour : Way::kEight;
     plan.threads = gaam::kRowThreads;
     slices = plan.threads / gaam::lanes_of(plan.way);
   } else if (!columns && plan.general) {
@@ -147,7 +149,7 @@ FwdPlan plan_fwd(const GaussianAdaptiveAttentionParams& p) {
   const bool whole = vectors(p.x, per_vector, p.dtype) && p.inner == 1 && out.outer % per_vector == 0 &&
                      reinterpret_cast<uintptr_t>(out.ptr) % 16 == 0 &&
                      reinterpret_cast<uintptr_t>(weights.ptr) % 16 == 0;
-  made.plan = plan_of(a, p.dtype, p.mask.ptr == nullptr && !p.padded, whole);
+  made.plan = plan_of(a, p.dtype, true, p.mask.ptr == nullptr && !p.padded, whole);
   if (!made.plan.held) {
     const int64_t slots = a.heads * a.outer * a.inner * a.pieces;
     made.moments = 3 * slots * int64_t(sizeof(double));
@@ -175,7 +177,7 @@ BwdPlan plan_bwd(const GaussianAdaptiveAttentionBwdParams& p) {
   const bool simple = p.mask.ptr == nullptr && !p.padded && p.dout.ptr != nullptr && p.dweights.ptr == nullptr;
   const bool whole = vectors(p.x, per_vector, p.dtype) && vectors(p.dout, per_vector, p.dtype) && p.inner == 1 &&
                      p.length % per_vector == 0 && reinterpret_cast<uintptr_t>(p.dx) % 16 == 0;
-  made.plan = plan_of(a, p.dtype, simple, whole);
+  made.plan = plan_of(a, p.dtype, false, simple, whole);
   if (nothing(p)) a.tiles = a.blocks = 0;
   made.partials = 4 * a.heads * a.blocks * int64_t(sizeof(double));
   const int64_t slots = made.plan.held ? 0 : a.heads * a.outer * a.inner * a.pieces;

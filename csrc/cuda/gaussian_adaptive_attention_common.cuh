@@ -27,6 +27,10 @@ template <typename T>
 using Acc = typename Numbers<T>::Acc;
 template <typename T>
 constexpr int kHeld = Numbers<T>::kHeld;
+// Of two-byte dtypes a row's forward pass holds twice as many: what is done once per slice costs as much as the
+// entries.
+template <typename T, bool kVectors>
+constexpr int kFwdHeld = kVectors && sizeof(T) == 2 ? 32 : kHeld<T>;
 template <typename T>
 constexpr int kVector = 16 / int(sizeof(T));
 
@@ -53,16 +57,17 @@ TRIFUSE_DEVICE double multiply_add(double a, double b, double c) { return a * b 
 
 // How threads share slices.
 enum class Way {
-  kEight,    // eight lanes hold a row
+  kFour,     // four lanes hold a row
+  kEight,    // eight do
   kWarp,     // a warp holds a row
   kBlock,    // a block holds a row
   kColumns,  // a block holds `columns` neighbouring columns, or one row with entries anywhere
 };
-inline int lanes_of(Way way) { return way == Way::kEight ? 8 : way == Way::kWarp ? 32 : 0; }
+TRIFUSE_HD constexpr int lanes_of(Way way) {
+  return way == Way::kFour ? 4 : way == Way::kEight ? 8 : way == Way::kWarp ? 32 : 0;
+}
 template <Way kWay>
-constexpr int kLanesOf = kWay == Way::kEight  ? 8
-                         : kWay == Way::kWarp ? 32
-                                              : 0;
+constexpr int kLanesOf = lanes_of(kWay);
 
 struct Args {
   int64_t outer, length, inner, heads, gaussians;
@@ -107,6 +112,7 @@ TRIFUSE_DEVICE void add_product(const Args& p, int64_t head, int lane, ExactProd
   const A* const delta = static_cast<const A*>(p.mean_offset) + head * p.gaussians;
   const A* const width = static_cast<const A*>(p.width) + head * p.gaussians;
   double a = 0.0, b = 0.0, e = 0.0, logs = 0.0;
+#pragma unroll 1
   for (int64_t k = lane; k < p.gaussians; k += 32) {
     const double c = width[k], d = delta[k], r = 1.0 / (c * c);
     a += r;

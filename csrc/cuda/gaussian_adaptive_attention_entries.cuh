@@ -18,10 +18,10 @@ namespace trifuse::cuda::gaam {
 
 // Entries from `first` of a slice on, shared by a team: vectors in turn where kVectors, else single entries in turn.
 // `count`: how many of them, vectors or entries, this thread has.
-template <typename T, bool kVectors>
+template <typename T, bool kVectors, int kHold = kHeld<T>>
 TRIFUSE_DEVICE int count_of(int64_t length, int position, int size) {
   const int64_t items = kVectors ? length / kVector<T> : length, mine = (items - position + size - 1) / size;
-  constexpr int most = kVectors ? kHeld<T> / kVector<T> : kHeld<T>;
+  constexpr int most = kVectors ? kHold / kVector<T> : kHold;
   return mine < 0 ? 0 : mine > most ? most : int(mine);
 }
 
@@ -30,15 +30,15 @@ struct alignas(16) Packed {
   T v[kVector<T>];
 };
 
-template <typename T, bool kVectors>
+template <typename T, bool kVectors, int kHold>
 TRIFUSE_DEVICE void read_entries(const SliceView& view, const Place& at, int64_t first, int position, int size,
-                                 int count, Acc<T> (&x)[kHeld<T>]) {
+                                 int count, Acc<T> (&x)[kHold]) {
   const T* from = static_cast<const T*>(view.ptr) + offset(view, at.outer, first, at.inner);
   if constexpr (kVectors) {
     constexpr int kEach = kVector<T>;
     const Packed<T>* const vectors = reinterpret_cast<const Packed<T>*>(from) + position;
 #pragma unroll
-    for (int k = 0; k < kHeld<T> / kEach; ++k) {
+    for (int k = 0; k < kHold / kEach; ++k) {
       if (k < count) {
         const Packed<T> packed = vectors[k * size];
 #pragma unroll
@@ -52,19 +52,19 @@ TRIFUSE_DEVICE void read_entries(const SliceView& view, const Place& at, int64_t
     const int64_t step = size * view.axis;
     from += position * view.axis;
 #pragma unroll
-    for (int j = 0; j < kHeld<T>; ++j, from += step) x[j] = j < count ? to_acc(*from) : Acc<T>(0);
+    for (int j = 0; j < kHold; ++j, from += step) x[j] = j < count ? to_acc(*from) : Acc<T>(0);
   }
 }
 
-template <typename T, bool kVectors>
+template <typename T, bool kVectors, int kHold>
 TRIFUSE_DEVICE void write_entries(const SliceView& view, const Place& at, int64_t first, int position, int size,
-                                  int count, const Acc<T> (&x)[kHeld<T>]) {
+                                  int count, const Acc<T> (&x)[kHold]) {
   T* to = static_cast<T*>(view.ptr) + offset(view, at.outer, first, at.inner);
   if constexpr (kVectors) {
     constexpr int kEach = kVector<T>;
     Packed<T>* const vectors = reinterpret_cast<Packed<T>*>(to) + position;
 #pragma unroll
-    for (int k = 0; k < kHeld<T> / kEach; ++k) {
+    for (int k = 0; k < kHold / kEach; ++k) {
       if (k < count) {
         Packed<T> packed;
 #pragma unroll
@@ -76,17 +76,17 @@ TRIFUSE_DEVICE void write_entries(const SliceView& view, const Place& at, int64_
     const int64_t step = size * view.axis;
     to += position * view.axis;
 #pragma unroll
-    for (int j = 0; j < kHeld<T>; ++j, to += step) {
+    for (int j = 0; j < kHold; ++j, to += step) {
       if (j < count) *to = from_acc<T>(x[j]);
     }
   }
 }
 
 // What a thread holds of a slice.
-template <typename T, bool kVectors, bool kGeneral>
+template <typename T, bool kVectors, bool kGeneral, int kHold = kHeld<T>>
 struct Entries {
   using A = Acc<T>;
-  A x[kHeld<T>];
+  A x[kHold];
   int count = 0;
   unsigned part = 0, counted = 0;  // a bit each, where kGeneral
 
@@ -104,7 +104,7 @@ struct Entries {
         const unsigned char* from =
             static_cast<const unsigned char*>(p.mask.ptr) + offset(p.mask, at.outer, first + position, at.inner);
 #pragma unroll
-        for (int j = 0; j < kHeld<T>; ++j, from += size * p.mask.axis) {
+        for (int j = 0; j < kHold; ++j, from += size * p.mask.axis) {
           if (j < count && *from == 0) part &= ~(1u << j);
         }
       }
@@ -112,7 +112,7 @@ struct Entries {
       if (p.padded) {
         const A padding = to_acc(padding_of(p));
 #pragma unroll
-        for (int j = 0; j < kHeld<T>; ++j) {
+        for (int j = 0; j < kHold; ++j) {
           if (x[j] == padding) counted &= ~(1u << j);
         }
       }

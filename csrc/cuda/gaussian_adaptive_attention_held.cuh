@@ -12,13 +12,13 @@ struct Moments {
   A count, mean, rest, squares;
 };
 
-template <typename T, Way kWay, bool kVectors, bool kGeneral>
-TRIFUSE_DEVICE Moments<Acc<T>> moments_of(const Args& p, Team<kWay>& team, const Entries<T, kVectors, kGeneral>& held,
-                                          int64_t length) {
+template <typename T, Way kWay, bool kVectors, bool kGeneral, int kHold>
+TRIFUSE_DEVICE Moments<Acc<T>> moments_of(const Args& p, Team<kWay>& team,
+                                          const Entries<T, kVectors, kGeneral, kHold>& held, int64_t length) {
   using A = Acc<T>;
   A sums[2] = {A(0), A(0)};
 #pragma unroll
-  for (int j = 0; j < kHeld<T>; ++j) {
+  for (int j = 0; j < kHold; ++j) {
     if (held.is_counted(j)) sums[0] += held.x[j];
     if (kGeneral && held.takes_part(j)) sums[1] += A(1);
   }
@@ -32,7 +32,7 @@ TRIFUSE_DEVICE Moments<Acc<T>> moments_of(const Args& p, Team<kWay>& team, const
   const A some = count > A(1) ? count : A(1), mean = sums[0] / some;
   A second[2] = {A(0), A(0)};
 #pragma unroll
-  for (int j = 0; j < kHeld<T>; ++j) {
+  for (int j = 0; j < kHold; ++j) {
     if (held.takes_part(j)) {
       const A d = (!kGeneral || held.is_counted(j) ? held.x[j] : A(0)) - mean;
       second[0] += d;
@@ -59,18 +59,20 @@ constexpr int kBwdBlocks = kLanesOf<kWay> == 0 ? 1
                                                : 4;
 
 template <typename T, Way kWay, bool kGeneral>
-__global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral>, kFwdBlocks<kWay, kGeneral>)
+__global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral>,
+                                  kFwdBlocks<kWay, kFwdHeld<T, !kGeneral && kWay != Way::kColumns>>)
     gaam_fwd_kernel(const __grid_constant__ FwdArgs p) {
   using A = Acc<T>;
   constexpr bool kVectors = !kGeneral && kWay != Way::kColumns;
+  constexpr int kHold = kFwdHeld<T, kVectors>;
   TRIFUSE_SHARED_MEMORY(memory);
   const int64_t head = blockIdx.x % p.heads, first = head * p.part;
   const int64_t length = head == p.heads - 1 ? p.last_part : p.part;
   Team<kWay> team(p, memory);
-  const int count = count_of<T, kVectors>(length, team.position, team.size);
+  const int count = count_of<T, kVectors, kHold>(length, team.position, team.size);
   int64_t tile = blockIdx.x / p.heads;
   Place at = place_of(p, team, tile, head);
-  Entries<T, kVectors, kGeneral> held;
+  Entries<T, kVectors, kGeneral, kHold> held;
   held.read(p, at, first, team.position, team.size, count);  // on their way while the product is found
   const Product<A> product = product_of<A>(p, head, memory);
   const A centre = product.centre;
@@ -78,9 +80,10 @@ __global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral>, kFwdBlocks<kWay, k
     const Moments<A> m = moments_of(p, team, held, length);
     const A inverse = inverse_variance(p, m.count, m.squares);
     A distance = A(INFINITY), nearest = A(0);
+    const A middle = m.rest + centre;
 #pragma unroll
-    for (int j = 0; j < kHeld<T>; ++j) {
-      const A far = fabs(held.x[j] - m.mean - m.rest - centre);
+    for (int j = 0; j < kHold; ++j) {
+      const A far = fabs(held.x[j] - m.mean - middle);
       if (held.takes_part(j) && far < distance) {
         distance = far;
         nearest = held.x[j];
@@ -89,9 +92,9 @@ __global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral>, kFwdBlocks<kWay, k
     team.nearest(distance, nearest);
     const bool nothing = kGeneral && m.count == A(0);
     const Weighing<A> weighing(nearest, nothing ? A(0) : nearest - m.mean - m.rest, inverse, product);
-    A ratios[kHeld<T>], total = A(0);
+    A ratios[kHold], total = A(0);
 #pragma unroll
-    for (int j = 0; j < kHeld<T>; ++j) {
+    for (int j = 0; j < kHold; ++j) {
       ratios[j] = held.takes_part(j) ? weighing.ratio(held.x[j] - nearest) : A(0);
       total += ratios[j];
     }
@@ -106,12 +109,12 @@ __global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral>, kFwdBlocks<kWay, k
     }
     if (at.exists && team.position == 0) keep(p, at, nearest, weighing.deviation, signed_inverse);
 #pragma unroll
-    for (int j = 0; j < kHeld<T>; ++j) ratios[j] *= scale;
+    for (int j = 0; j < kHold; ++j) ratios[j] *= scale;
     if (p.weights != nullptr) {
       write_entries<T, kVectors>(dense(p, p.weights), at, first, team.position, team.size, held.count, ratios);
     }
 #pragma unroll
-    for (int j = 0; j < kHeld<T>; ++j) {
+    for (int j = 0; j < kHold; ++j) {
       const bool replaced = kGeneral && !held.is_counted(j);
       ratios[j] = !replaced ? held.x[j] * ratios[j] : held.takes_part(j) ? held.x[j] : A(0);
     }

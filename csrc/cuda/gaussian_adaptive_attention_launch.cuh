@@ -38,6 +38,9 @@ void (*fwd_kernel(const Plan& plan))(FwdArgs) {
   if constexpr (kHasVectors<T>) {
     if (!plan.general) {
       switch (plan.way) {
+        case Way::kFour:
+          if constexpr (kFwdHeld<T, true> > kHeld<T>) return gaam_fwd_kernel<T, Way::kFour, false>;
+          break;
         case Way::kEight: return gaam_fwd_kernel<T, Way::kEight, false>;
         case Way::kWarp: return gaam_fwd_kernel<T, Way::kWarp, false>;
         case Way::kBlock: return gaam_fwd_kernel<T, Way::kBlock, false>;
@@ -53,6 +56,7 @@ void (*bwd_kernel(const Plan& plan))(BwdArgs) {
   if constexpr (kHasVectors<T>) {
     if (!plan.general) {
       switch (plan.way) {
+        case Way::kFour: break;
         case Way::kEight: return gaam_bwd_kernel<T, Way::kEight, false>;
         case Way::kWarp: return gaam_bwd_kernel<T, Way::kWarp, false>;
         case Way::kBlock: return gaam_bwd_kernel<T, Way::kBlock, false>;

@@ -27,10 +27,6 @@ template <typename T>
 using Acc = typename Numbers<T>::Acc;
 template <typename T>
 constexpr int kHeld = Numbers<T>::kHeld;
-// Of two-byte dtypes a row's forward pass holds twice as many: what is done once per slice costs as much as the
-// entries.
-template <typename T, bool kVectors>
-constexpr int kFwdHeld = kVectors && sizeof(T) == 2 ? 32 : kHeld<T>;
 template <typename T>
 constexpr int kVector = 16 / int(sizeof(T));
 
@@ -68,6 +64,11 @@ TRIFUSE_HD constexpr int lanes_of(Way way) {
 }
 template <Way kWay>
 constexpr int kLanesOf = lanes_of(kWay);
+
+// Without masks the forward pass of columns, and of rows of two-byte dtypes, holds twice as many: what is done once per
+// slice costs as much as the entries.
+template <typename T, Way kWay, bool kGeneral>
+constexpr int kFwdHeld = !kGeneral && (kWay == Way::kColumns || sizeof(T) == 2) ? 32 : kHeld<T>;
 
 struct Args {
   int64_t outer, length, inner, heads, gaussians;
@@ -185,18 +186,21 @@ struct Team {
     const int warps = int(blockDim.x) / 32;
     if (kLanesOf<kWay> != 0 || warps == 1) return;
     V* const buffer = reinterpret_cast<V*>(buffers + turn * warps * columns * kValues * int(sizeof(double)));
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, column = lane % columns;
+    const int lane = int(threadIdx.x) % 32, step = columns * kCount;
     if (lane < columns) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) buffer[(warp * columns + column) * kCount + i] = v[i];
+      for (int i = 0; i < kCount; ++i) buffer[int(threadIdx.x) / 32 * step + lane * kCount + i] = v[i];
     }
     __syncthreads();
+    const V* from = buffer + lane % columns * kCount;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) v[i] = buffer[column * kCount + i];
+    for (int i = 0; i < kCount; ++i) v[i] = from[i];
+#pragma unroll 1
     for (int w = 1; w < warps; ++w) {
+      from += step;
       V other[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) other[i] = buffer[(w * columns + column) * kCount + i];
+      for (int i = 0; i < kCount; ++i) other[i] = from[i];
       join(v, other);
     }
     turn ^= 1;

@@ -45,26 +45,25 @@ TRIFUSE_DEVICE Moments<Acc<T>> moments_of(const Args& p, Team<kWay>& team,
 }
 
 // What the compiler is given its registers by: threads of a block, and blocks that a multiprocessor has room for.
-template <Way kWay, bool kGeneral>
-constexpr int kThreadsOf = kLanesOf<kWay> != 0 ? kRowThreads
-                           : kGeneral          ? kMaxGeneralThreads
-                                               : kMaxThreads;
-template <Way kWay, bool kGeneral>
+template <Way kWay, bool kGeneral, bool kForward>
+constexpr int kThreadsOf = kLanesOf<kWay> != 0                               ? kRowThreads
+                           : kGeneral || (kForward && kWay == Way::kColumns) ? kMaxGeneralThreads
+                                                                             : kMaxThreads;
+template <Way kWay, int kHold>
 constexpr int kFwdBlocks = kLanesOf<kWay> == 0 ? 1
-                           : kGeneral          ? 4
-                                               : 5;
+                           : kHold > 16        ? 3
+                                               : 4;
 template <Way kWay, bool kGeneral>
 constexpr int kBwdBlocks = kLanesOf<kWay> == 0 ? 1
                            : kGeneral          ? 3
                                                : 4;
 
 template <typename T, Way kWay, bool kGeneral>
-__global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral>,
-                                  kFwdBlocks<kWay, kFwdHeld<T, !kGeneral && kWay != Way::kColumns>>)
+__global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral, true>, kFwdBlocks<kWay, kFwdHeld<T, kWay, kGeneral>>)
     gaam_fwd_kernel(const __grid_constant__ FwdArgs p) {
   using A = Acc<T>;
   constexpr bool kVectors = !kGeneral && kWay != Way::kColumns;
-  constexpr int kHold = kFwdHeld<T, kVectors>;
+  constexpr int kHold = kFwdHeld<T, kWay, kGeneral>;
   TRIFUSE_SHARED_MEMORY(memory);
   const int64_t head = blockIdx.x % p.heads, first = head * p.part;
   const int64_t length = head == p.heads - 1 ? p.last_part : p.part;
@@ -188,7 +187,7 @@ TRIFUSE_DEVICE void leave_shares(const BwdArgs& p, int64_t head, int64_t block, 
 inline int64_t bytes_of_shares(int threads) { return threads / 32 * 4 * int64_t(sizeof(double)); }
 
 template <typename T, Way kWay, bool kGeneral>
-__global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral>, kBwdBlocks<kWay, kGeneral>)
+__global__ void __launch_bounds__(kThreadsOf<kWay, kGeneral, false>, kBwdBlocks<kWay, kGeneral>)
     gaam_bwd_kernel(const __grid_constant__ BwdArgs p) {
   using A = Acc<T>;
   constexpr bool kVectors = !kGeneral && kWay != Way::kColumns;

@@ -39,7 +39,7 @@ void (*fwd_kernel(const Plan& plan))(FwdArgs) {
     if (!plan.general) {
       switch (plan.way) {
         case Way::kFour:
-          if constexpr (kFwdHeld<T, true> > kHeld<T>) return gaam_fwd_kernel<T, Way::kFour, false>;
+          if constexpr (sizeof(T) == 2) return gaam_fwd_kernel<T, Way::kFour, false>;
           break;
         case Way::kEight: return gaam_fwd_kernel<T, Way::kEight, false>;
         case Way::kWarp: return gaam_fwd_kernel<T, Way::kWarp, false>;

@@ -46,7 +46,7 @@ def demangled(names):
     short = (
         re.sub(r"trifuse::(cuda::)?|\(anonymous namespace\)::|^void ", "", name) for name in done.stdout.split("\n")
     )
-    return [re.sub(r"\(.*\)$", "", name) for name in short]
+    return [re.sub(r"\([^()]*\)$", "", name) for name in short]  # template arguments have parentheses too
 
 
 def parse(report):

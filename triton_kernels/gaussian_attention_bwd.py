@@ -35,14 +35,14 @@ __all__ = ["keys_kernel", "queries_kernel"]
 
 @triton.jit
 def _over_keys(
-    dq, sums, q, q_low, k, k_low, v, dout, k_norms, masks, center, weight, shift, delta, a, factor, gain,
+    dq, sums, q, q_low, k, k_low, v, dout, k_norms, masks, weight, near, lean, shift, delta, a, factor, gain,
     dout_stride, q_stride, k_stride, v_stride, batch, head, i, low, high, first_query, first_key, queries, keys,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, MEND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Over the keys [low, high), with `a` None where it is one, or not known yet. `sums`: of p and ds; of both times
-    the squared distances, less those of q from the origin; of both times r, of both times r^2, r the places of the keys
-    from the center. Those of p only to MEND what delta lacks."""
+    the squared distances, less those of q from the origin; of both times t, of both times t^2 (see `load_window`).
+    Those of p only to MEND what delta lacks."""
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_N)
@@ -62,8 +62,8 @@ def _over_keys(
         if k_norms is not None:
             product = tl.load(k_norms + j, mask=j < keys, other=0.0)[None, :] - 2.0 * product  # D - ||q||^2
         s = logits(
-            product, factor, None, center, weight, i[:, None], j[None, :], masks, batch, head, first_query, first_key,
-            queries, keys, keep, CAUSAL, EDGE,
+            product, factor, None, weight, near, lean, i[:, None], j[None, :], masks, batch, head, first_query,
+            first_key, queries, keys, keep, CAUSAL, EDGE,
         )  # fmt: skip
         p = tl.exp2(s - shift[:, None])
         if CHUNK > 0:
@@ -84,7 +84,7 @@ def _over_keys(
             if MEND:
                 far += tl.sum(p * product, 1)
         if weight is not None:
-            distance = j.to(tl.float32)[None, :] - center
+            distance = j.to(tl.float32)[None, :] - near
             side = ds * distance
             aside_ds += tl.sum(side, 1)
             square_ds += tl.sum(side * distance, 1)
@@ -148,10 +148,10 @@ def queries_kernel(
     delta = tl.where(dead, 0.0, delta)
     shift = tl.where(dead, float("inf"), exponent)
 
-    center, weight = load_window(window, batch, head, first_query, i, queries)
-    center_2d, weight_2d, bounding, spread = None, None, None, None
+    center, weight, near, lean = load_window(window, batch, head, first_query, i, queries, keys, CAUSAL)
+    weight_2d, near_2d, lean_2d, bounding, spread = None, None, None, None, None
     if weight is not None:
-        center_2d, weight_2d = center[:, None], weight[:, None]
+        weight_2d, near_2d, lean_2d = weight[:, None], near[:, None], lean[:, None]
         if masks[0] is None:
             bounding = weight
             spread = spread_bits(norms, gamma, factor, batch, kv_heads, kv_head, row + i, there)
@@ -167,6 +167,8 @@ def queries_kernel(
         loop_factor = -0.5 * factor  # of squared distances
         shift += tl.load(norms[0] + row + i, mask=there, other=0.0) * (0.5 * factor)
         k_norms = norms[1] + (batch * kv_heads + kv_head) * keys_all + first_key
+    if weight is not None:
+        shift += (0.25 * weight * lean) * lean
     if gains is not None:
         gain = tl.load(gains)
     k += k_at
@@ -175,12 +177,12 @@ def queries_kernel(
     nothing = tl.zeros((BLOCK_M,), tl.float32)
     sums = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
     acc, sums = _over_keys(
-        acc, sums, q_held, q_low, k, k_low, v, grad_held, k_norms, masks, center_2d, weight_2d, shift, delta, a,
+        acc, sums, q_held, q_low, k, k_low, v, grad_held, k_norms, masks, weight_2d, near_2d, lean_2d, shift, delta, a,
         loop_factor, gain, dout_strides[2], q_strides[2], k_strides[2], v_strides[2], batch, head, i, low, middle,
         first_query, first_key, queries, keys,  False, False, MEND, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
     acc, sums = _over_keys(
-        acc, sums, q_held, q_low, k, k_low, v, grad_held, k_norms, masks, center_2d, weight_2d, shift, delta, a,
+        acc, sums, q_held, q_low, k, k_low, v, grad_held, k_norms, masks, weight_2d, near_2d, lean_2d, shift, delta, a,
         loop_factor, gain, dout_strides[2], q_strides[2], k_strides[2], v_strides[2], batch, head, i, middle, high,
         first_query, first_key, queries, keys,  CAUSAL, True, MEND, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
@@ -189,9 +191,11 @@ def queries_kernel(
     wrong = nothing
     if NORMALIZED:
         a = 1.0 / tl.where(dead, 1.0, p_sum)
-    if MEND:  # what ds adds up to beside dlse is the error of delta
+        # What ds adds up to beside dlse is the error of delta.
         wrong = tl.where(dead, 0.0, a * ds_sum - incoming)
         delta += wrong
+    if not MEND:
+        wrong = nothing
     tl.store(for_keys[0] + row + i, shift, mask=there)
     tl.store(for_keys[1] + row + i, delta, mask=there)
     tl.store(for_keys[2] + row + i, a, mask=there)
@@ -213,6 +217,12 @@ def queries_kernel(
     if weight is not None:
         inverse = weight * (2.0 * LN2)  # 1 / sigma^2
         share = unit * inverse
+        # From places around `near` to those around the center.
+        ahead = 0.5 * lean
+        square += (2.0 * ahead) * aside + (ahead * ahead) * p_sum
+        square_ds += (2.0 * ahead) * aside_ds + (ahead * ahead) * ds_sum
+        aside += ahead * p_sum
+        aside_ds += ahead * ds_sum
         if dcenter is not None:
             tl.store(dcenter + row + i, (aside_ds - wrong * aside) * share, mask=there)
         tl.store(dsigma + row + i, (square_ds - wrong * square) * share * tl.sqrt(inverse), mask=there)
@@ -220,13 +230,14 @@ def queries_kernel(
 
 @triton.jit
 def _over_queries(
-    dk, dv, ds_sum, k, k_low, v, q, q_low, dout, key_term, masks, window, for_keys, factor, gain, keep, j,
+    dk, dv, ds_sum, k, k_low, v, q, q_low, dout, k_norm, masks, window, for_keys, factor, gain, keep, j,
     q_stride, k_stride, v_stride, dout_stride, batch, head, low, high, row, first_query, first_key, queries, keys,
-    CAUSAL: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, IN_ORDER: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Over the queries [low, high) of one head. Tiles have keys in rows. A query that is not there has an infinite
-    shift, and a key that is not there only rows of its own, which nobody stores."""
+    """Over the queries [low, high) of one head, IN_ORDER if the call is causal, CAUSAL if that takes a mask here. Tiles
+    have keys in rows. A query that is not there has an infinite shift, and a key that is not there only rows of its
+    own, which nobody stores."""
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     for start in tl.range(low, high, BLOCK_M, num_stages=STAGES):
         i = start + tl.arange(0, BLOCK_M)
@@ -238,12 +249,13 @@ def _over_queries(
         else:
             queries_tile = load_tile(q, q_stride, i, d, there)
             product = dot(k, tl.trans(queries_tile), None, FULL)
-        center, weight = load_window(window, batch, head, first_query, i, queries)
-        center_2d, weight_2d = None, None
+        if k_norm is not None:
+            product = k_norm[:, None] - 2.0 * product  # as over keys, to the last bit: `a` sums up those weights
+        _, weight, near, lean = load_window(window, batch, head, first_query, i, queries, keys, IN_ORDER)
         if weight is not None:
-            center_2d, weight_2d = center[None, :], weight[None, :]
+            weight, near, lean = weight[None, :], near[None, :], lean[None, :]
         s = logits(
-            product, factor, key_term, center_2d, weight_2d, i[None, :], j[:, None], masks, batch, head, first_query,
+            product, factor, None, weight, near, lean, i[None, :], j[:, None], masks, batch, head, first_query,
             first_key, queries, keys, keep[:, None] if masks[2] is not None else None, CAUSAL, False,
         )  # fmt: skip
         shift = tl.load(for_keys[0] + row + i, mask=there, other=float("inf"))
@@ -259,7 +271,7 @@ def _over_queries(
         ds = weights * (dp - delta[None, :]) if NORMALIZED else weights * dp - p * delta[None, :]
         if gain is not None:
             ds *= gain
-        if key_term is not None:
+        if k_norm is not None:
             ds_sum += tl.sum(ds, 1)
         if CHUNK > 0:
             queries_tile = load_tile(q, q_stride, i, d, there)
@@ -329,13 +341,13 @@ def keys_kernel(
     for head in range(first_head, tl.minimum(first_head + heads_each, (kv_head + 1) * group)):
         row = (batch * heads + head) * queries_all + first_query
         factor = product_factor(gamma, scale, head)
-        key_term, gain = None, None
-        if k_norm is not None:
-            key_term = (k_norm * (0.5 * factor))[:, None]
+        gain = None
         if SCALED:
             gain = factor * unit
         elif gains is not None:
             gain = unit
+        if k_norm is not None:
+            factor *= -0.5  # of squared distances
         low, high = narrow(0), tl.where(keys > block * BLOCK_N, queries, 0)
         if CAUSAL:
             low = block * BLOCK_N
@@ -357,15 +369,15 @@ def keys_kernel(
             middle = low + tl.cdiv(tl.maximum(past - low, 0), BLOCK_M) * BLOCK_M
             middle = tl.minimum(middle, tl.maximum(high, low))
             dk_acc, dv_acc, ds_sum = _over_queries(
-                dk_acc, dv_acc, ds_sum, k_held, k_low, v_held, q_at, q_low, grad_at, key_term, masks, window, for_keys,
+                dk_acc, dv_acc, ds_sum, k_held, k_low, v_held, q_at, q_low, grad_at, k_norm, masks, window, for_keys,
                 factor, gain, there, j, q_strides[2], k_strides[2], v_strides[2], dout_strides[2], batch, head, low,
-                middle, row, first_query, first_key, queries, keys, True, NORMALIZED, BLOCK_M, BLOCK_D,
+                middle, row, first_query, first_key, queries, keys, True, True, NORMALIZED, BLOCK_M, BLOCK_D,
                 BLOCK_V, CHUNK, FULL, STAGES,
             )  # fmt: skip
         dk_acc, dv_acc, ds_sum = _over_queries(
-            dk_acc, dv_acc, ds_sum, k_held, k_low, v_held, q_at, q_low, grad_at, key_term, masks, window, for_keys,
+            dk_acc, dv_acc, ds_sum, k_held, k_low, v_held, q_at, q_low, grad_at, k_norm, masks, window, for_keys,
             factor, gain, there, j, q_strides[2], k_strides[2], v_strides[2], dout_strides[2], batch, head, middle,
-            high, row, first_query, first_key, queries, keys, False, NORMALIZED, BLOCK_M, BLOCK_D,
+            high, row, first_query, first_key, queries, keys, False, CAUSAL, NORMALIZED, BLOCK_M, BLOCK_D,
             BLOCK_V, CHUNK, FULL, STAGES,
         )  # fmt: skip
 

@@ -44,7 +44,7 @@ def spread_bits(norms, gamma, factor, batch, kv_heads, kv_head, place, there):
 
 @triton.jit
 def _walk(
-    acc, peak, total, q, q_low, k, k_low, v, k_norms, masks, center, weight, factor, q_stride, k_stride,
+    acc, peak, total, q, q_low, k, k_low, v, k_norms, masks, weight, near, lean, factor, q_stride, k_stride,
     v_stride, batch, head, i, low, high, first_query, first_key, queries, keys,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
@@ -69,7 +69,7 @@ def _walk(
         if k_norms is not None:
             key_term = (tl.load(k_norms + j, mask=j < keys, other=0.0) * (0.5 * factor))[None, :]
         s = logits(
-            s, factor, key_term, center, weight, i[:, None], j[None, :], masks, batch, head, first_query, first_key,
+            s, factor, key_term, weight, near, lean, i[:, None], j[None, :], masks, batch, head, first_query, first_key,
             queries, keys, keep, CAUSAL, EDGE,
         )  # fmt: skip
         higher = tl.maximum(peak, tl.max(s, 1))
@@ -110,10 +110,10 @@ def fwd_kernel(
     q_held = q if CHUNK > 0 else load_tile(q, q_strides[2], i, tl.arange(0, BLOCK_D), there)
 
     factor = product_factor(gamma, scale, head)
-    center, weight = load_window(window, batch, head, first_query, i, queries)
-    center_2d, weight_2d, bounding, spread = None, None, None, None
+    center, weight, near, lean = load_window(window, batch, head, first_query, i, queries, keys, CAUSAL)
+    weight_2d, near_2d, lean_2d, bounding, spread = None, None, None, None, None
     if weight is not None:
-        center_2d, weight_2d = center[:, None], weight[:, None]
+        weight_2d, near_2d, lean_2d = weight[:, None], near[:, None], lean[:, None]
         if masks[0] is None:
             bounding = weight
             spread = spread_bits(norms, gamma, factor, batch, kv_heads, kv_head, row + i, there)
@@ -129,12 +129,12 @@ def fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     peak, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc, peak, total = _walk(
-        acc, peak, total, q_held, q_low, k, k_low, v, k_norms, masks, center_2d, weight_2d, factor,
+        acc, peak, total, q_held, q_low, k, k_low, v, k_norms, masks, weight_2d, near_2d, lean_2d, factor,
         q_strides[2], k_strides[2], v_strides[2], batch, head, i, low, middle, first_query, first_key, queries, keys,
         False, False, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
     acc, peak, total = _walk(
-        acc, peak, total, q_held, q_low, k, k_low, v, k_norms, masks, center_2d, weight_2d, factor,
+        acc, peak, total, q_held, q_low, k, k_low, v, k_norms, masks, weight_2d, near_2d, lean_2d, factor,
         q_strides[2], k_strides[2], v_strides[2], batch, head, i, middle, high, first_query, first_key, queries, keys,
         CAUSAL, True, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, FULL, STAGES,
     )  # fmt: skip
@@ -142,6 +142,8 @@ def fwd_kernel(
     dead = peak == float("-inf")
     if gamma is not None:
         peak -= tl.load(norms[0] + row + i, mask=there, other=0.0) * (0.5 * factor)
+    if weight is not None:
+        peak -= (0.25 * weight * lean) * lean
     share = 1.0 / total if NORMALIZED else tl.exp2(peak)
     acc *= tl.where(dead, 0.0, share)[:, None]
     store_tile(out + row * BLOCK_V, i, tl.arange(0, BLOCK_V), there, acc)

@@ -1,7 +1,7 @@
 """The pieces of a tile that the kernels of Gaussian attention share, in Triton.
 
-Logits are in powers of two: those of the op times log2(e). With gamma a term of the query alone is left out of them,
-`-gamma ||q||^2`, which the softmax does not see; kernels put it back into the logsumexp.
+Logits are in powers of two: those of the op times log2(e). Terms of the query alone are left out of them, which the
+softmax does not see: `-gamma ||q||^2`, and of windows see `load_window`; kernels put them back into the logsumexp.
 
 Arguments travel in tuples, each entry a pointer (or None, what is absent) or the strides that belong to it:
 
@@ -17,8 +17,8 @@ import triton.language as tl
 from trifuse.triton_kernels.common import LOG2E, wide
 
 __all__ = [
-    "NEGLIGIBLE_BITS", "another_serves", "dot", "edges", "key_range", "load_tile", "load_window", "locate", "logits",
-    "narrow", "products_in_chunks", "store_tile", "unpadded",
+    "NEGLIGIBLE_BITS", "another_serves", "dot", "edges", "key_range", "last_key", "load_tile", "load_window", "locate",
+    "logits", "narrow", "products_in_chunks", "store_tile", "unpadded",
 ]  # fmt: skip
 
 # Keys are passed over if all of them together weigh less than 2 ** -32 of a row's largest weight.
@@ -106,10 +106,14 @@ def another_serves(moved, batch, kv_heads, kv_head, sequences, sequence, LOW: tl
 
 
 @triton.jit
-def load_window(window, batch, head, first, i, rows):
-    """Per query: where its window stands, and log2(e) / (2 sigma^2); Nones where there is no window."""
+def load_window(window, batch, head, first, i, rows, keys, CAUSAL: tl.constexpr):
+    """Per query: where its window stands and weight = log2(e) / (2 sigma^2), the place `near` of the key next to that
+    and lean = 2 (near - center); Nones where there is no window.
+
+    With t = j - near the squared distance (j - center)^2 is t (t + lean), plus a term of the query alone, which is left
+    out: nothing large is subtracted, however far from all keys the window stands."""
     if window[2] is None:
-        return None, None
+        return None, None, None, None
     else:
         at = i + first
         if window[0] is None:
@@ -122,7 +126,18 @@ def load_window(window, batch, head, first, i, rows):
         ptr = window[2] + batch * strides[0] + head * strides[1]
         sigma = tl.load(ptr + at * strides[2], mask=i < rows, other=1.0)
         # Bounded: where sigma is next to nothing, infinity times a distance of zero is NaN.
-        return center, tl.minimum(1.0 / (sigma * sigma) * (0.5 * LOG2E), 1e30)
+        weight = tl.minimum(1.0 / (sigma * sigma) * (0.5 * LOG2E), 1e30)
+        near = tl.minimum(tl.maximum(tl.floor(center + 0.5), 0.0), last_key(i, keys, CAUSAL).to(tl.float32))
+        return center, weight, near, 2.0 * (near - center)
+
+
+@triton.jit
+def last_key(i, keys, CAUSAL: tl.constexpr):
+    """The last key of the sequence that each query may see, 0 where there is none."""
+    last = tl.broadcast_to(keys - 1, i.shape)
+    if CAUSAL:
+        last = tl.minimum(last, i)
+    return tl.maximum(last, 0)
 
 
 @triton.jit
@@ -135,7 +150,8 @@ def unpadded(masks, batch, first, j, keys):
 
 @triton.jit
 def logits(
-    product, factor, key_term, center, weight, i, j, masks, batch, head, first_query, first_key, queries, keys, keep,
+    product, factor, key_term, weight, near, lean, i, j, masks, batch, head, first_query, first_key, queries, keys,
+    keep,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """From products of queries and keys, in either orientation: what belongs to queries or to keys has an axis of one.
@@ -145,8 +161,8 @@ def logits(
     if key_term is not None:
         s -= key_term
     if weight is not None:
-        distance = j.to(tl.float32) - center
-        s -= (weight * distance) * distance
+        t = j.to(tl.float32) - near
+        s -= (weight * t) * (t + lean)
     if masks[0] is not None:
         strides = masks[1]
         ptr = masks[0] + batch * strides[0] + head * strides[1]

@@ -86,7 +86,7 @@ def test_a_centre_outside_of_the_slice():
     check(tensors)
 
 
-@pytest.mark.parametrize("shape, dim", [((2, 5, 12), 1), ((2, 3, 9), 0), ((2, 3, 20), 2), ((20, 3), 0)])
+@pytest.mark.parametrize("shape, dim", [((2, 4, 9), 1), ((3, 2, 4), 0), ((2, 2, 20), 2), ((9, 3), 0)])
 def test_any_axis_and_any_strides(shape, dim):
     check(make(shape), dim=dim)
     tensors = make(shape)

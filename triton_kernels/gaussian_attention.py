@@ -36,10 +36,12 @@ TILES = {
     ("queries", 64): ((64, 32, 4, 2, 0), (64, 16, 4, 2, 0), (64, 32, 4, 1, 32), (32, 16, 4, 1, 32)),
     ("queries", 128): ((128, 32, 8, 2, 0), (128, 16, 8, 2, 0), (128, 16, 8, 1, 32), (32, 16, 8, 1, 32)),
     ("keys", 64): ((32, 64, 4, 2, 0), (16, 64, 4, 2, 0), (16, 64, 4, 1, 32), (16, 32, 4, 1, 32)),
-    ("keys", 128): ((64, 64, 8, 2, 0), (32, 64, 8, 1, 64), (16, 64, 8, 1, 32), (16, 32, 8, 1, 32)),
+    ("keys", 128): ((16, 128, 8, 2, 0), (32, 64, 8, 1, 64), (16, 64, 8, 1, 32), (16, 32, 8, 1, 32)),
 }
 
 
+# Blackwell of data centres sums up in a memory of its own.
+BLACKWELL_TILES = TILES | {("keys", 128): ((64, 64, 8, 2, 0), *TILES["keys", 128][1:])}
 # Where matrix cores read both operands from registers: NVIDIA's but for Hopper and the Blackwell of data centres, and
 # AMD's.
 SMALL_TILES = {
@@ -60,7 +62,9 @@ def _machine():
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
         return "ieee", SMALL_TILES
-    return "tf32x3", TILES if 90 <= target.arch < 120 else SMALL_TILES
+    if 90 <= target.arch < 120:
+        return "tf32x3", TILES if target.arch < 100 else BLACKWELL_TILES
+    return "tf32x3", SMALL_TILES
 
 
 def _fit(x, width):

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trifuse.triton_kernels import common
+from trifuse.triton_kernels import common, slices
 from trifuse.triton_kernels import gaussian_adaptive_attention_tile as tiles
 from trifuse.triton_kernels.common import wide
 
@@ -32,7 +32,7 @@ def _forward(
 ):  # fmt: skip
     ACC: tl.constexpr = stats.dtype.element_ty
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    o, i, slot, ok, begin, length = tiles.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
+    o, i, slot, ok, begin, length = slices.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
     n = tl.arange(0, LENGTH)
     here = ok[:, None] & (n >= 0 if WHOLE else n < length)[None, :]
     n = n + begin
@@ -56,9 +56,9 @@ def _forward(
     y = tl.where(takes_part, raw * w, 0.0)
     if PADDING is not None:
         y = tl.where(counted, y, raw)
-    tiles.store(out, out_strides, o, i, n, here, y)
+    slices.store(out, out_strides, o, i, n, here, y)
     if weights is not None:
-        tiles.store(weights, out_strides, o, i, n, here, w)
+        slices.store(weights, out_strides, o, i, n, here, w)
     step = wide(heads) * outer * inner
     tl.store(stats + slot, best, mask=ok)
     tl.store(stats + step + slot, deviation, mask=ok)
@@ -75,7 +75,7 @@ def _backward(
 ):  # fmt: skip
     ACC: tl.constexpr = stats.dtype.element_ty
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    o, i, slot, ok, begin, length = tiles.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
+    o, i, slot, ok, begin, length = slices.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
     n = tl.arange(0, LENGTH)
     here = ok[:, None] & (n >= 0 if WHOLE else n < length)[None, :]
     n = n + begin
@@ -110,7 +110,7 @@ def _backward(
     grad = tiles.gradient_of_entries(
         g, w, s, u, counted, takes_part, deviation, slope, inverse, a, count, t_mean, pull, PADDING
     )
-    tiles.store(dx, dx_strides, o, i, n, here, grad)
+    slices.store(dx, dx_strides, o, i, n, here, grad)
     tiles.store_shares(partials, head, heads, tile, n_tiles, ok, through_clamp, first, second, deviation, inverse)
 
 
@@ -169,11 +169,13 @@ class Cut:
             "PADDING": padding_value, "EPS": eps, "LOG_EPS": math.log(eps) if eps > 0 else -math.inf,
             "CLAMPED": clamped, "COLUMNS": self.columns, "BLOCK_K": triton.next_power_of_2(self.gaussians),
         }  # fmt: skip
+        # Columns with masks going backward are what registers are short for.
+        self.more_threads = 2 if way == "backward" and self.columns and (mask is not None or clamped) else 1
         self.mask_strides = (0, 0, 0) if mask is None else mask.stride()
 
     def tile(self):
         """The meta arguments of a kernel that holds whole slices."""
-        warps = max(self.slices * self.length * self.halves * 4 // TILE, 1)
+        warps = max(self.slices * self.length * self.halves * 4 * self.more_threads // TILE, 1)
         whole = self.part == self.last_part == self.length
         return self.meta | {"SLICES": self.slices, "LENGTH": self.length, "WHOLE": whole, "num_warps": min(warps, 16)}
 

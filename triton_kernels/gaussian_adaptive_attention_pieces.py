@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trifuse.triton_kernels import common
+from trifuse.triton_kernels import common, slices
 from trifuse.triton_kernels import gaussian_adaptive_attention_tile as tiles
 from trifuse.triton_kernels.common import wide
 
@@ -54,7 +54,7 @@ def _moments(
     PADDING: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    o, i, slot, ok, begin, length = tiles.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
+    o, i, slot, ok, begin, length = slices.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
     first = wide(tl.program_id(1)) * piece_length
     end = tl.minimum(first + piece_length, length)
     count, mean = tl.zeros((SLICES,), tl.float64), tl.zeros((SLICES,), tl.float64)
@@ -64,12 +64,7 @@ def _moments(
         here = ok[:, None] & (n < end)[None, :]
         raw, counted, takes_part = tiles.entries(x, x_strides, mask, mask_strides, o, i, begin + n, here, PADDING, ACC)
         more, mean_of_more, rest, squares_of_more = tiles.moments(raw, counted, takes_part, ACC)
-        more = more.to(tl.float64)
-        apart = mean_of_more.to(tl.float64) + rest - mean
-        both = tl.maximum(count + more, 1.0)
-        mean += apart * more / both
-        squares += squares_of_more + apart * apart * count * more / both
-        count += more
+        count, mean, squares = slices.join(count, mean, squares, more, mean_of_more, rest, squares_of_more)
     slots = wide(heads) * outer * inner
     _leave(moments, 0, slot, ok, slots, count)
     _leave(moments, 1, slot, ok, slots, mean)
@@ -86,7 +81,7 @@ def _measure(
     """Each piece's nearest entry, and its sum of the weights relative to it: zero where nothing takes part."""
     ACC: tl.constexpr = measures.dtype.element_ty
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    o, i, slot, ok, begin, length = tiles.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
+    o, i, slot, ok, begin, length = slices.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
     slots = wide(heads) * outer * inner
     a64, b64, _e, _logs = tiles.coefficients(mean_offset, width, head, K, BLOCK_K)
     a, b, centre = a64.to(ACC), b64.to(ACC), (b64 / a64).to(ACC)
@@ -121,7 +116,7 @@ def _write(
 ):  # fmt: skip
     ACC: tl.constexpr = measures.dtype.element_ty
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    o, i, slot, ok, begin, length = tiles.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
+    o, i, slot, ok, begin, length = slices.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
     slots = wide(heads) * outer * inner
     a64, b64, e, logs = tiles.coefficients(mean_offset, width, head, K, BLOCK_K)
     a, b = a64.to(ACC), b64.to(ACC)
@@ -150,9 +145,9 @@ def _write(
         y = tl.where(takes_part, raw * w, 0.0)
         if PADDING is not None:
             y = tl.where(counted, y, raw)
-        tiles.store(out, out_strides, o, i, begin + n, here, y)
+        slices.store(out, out_strides, o, i, begin + n, here, y)
         if weights is not None:
-            tiles.store(weights, out_strides, o, i, begin + n, here, w)
+            slices.store(weights, out_strides, o, i, begin + n, here, w)
     if tl.program_id(1) == 0:
         tl.store(stats + slot, best, mask=ok)
         tl.store(stats + slots + slot, deviation, mask=ok)
@@ -169,7 +164,7 @@ def _sums(
     gradients: of 1, e, e G, e u, e u^2, e G u and e G u^2."""
     ACC: tl.constexpr = stats.dtype.element_ty
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    o, i, slot, ok, begin, length = tiles.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
+    o, i, slot, ok, begin, length = slices.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
     slots = wide(heads) * outer * inner
     a64, b64, _e, _logs = tiles.coefficients(mean_offset, width, head, K, BLOCK_K)
     a, b = a64.to(ACC), b64.to(ACC)
@@ -228,7 +223,7 @@ def _write_gradients(
 ):  # fmt: skip
     ACC: tl.constexpr = stats.dtype.element_ty
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    o, i, slot, ok, begin, length = tiles.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
+    o, i, slot, ok, begin, length = slices.place(tile, head, heads, outer, inner, part, last_part, SLICES, COLUMNS)
     slots = wide(heads) * outer * inner
     a64, b64, e64, logs = tiles.coefficients(mean_offset, width, head, K, BLOCK_K)
     a, b, e = a64.to(ACC), b64.to(ACC), e64.to(ACC)
@@ -272,7 +267,7 @@ def _write_gradients(
         grad = tiles.gradient_of_entries(
             g, w, s, u, counted, takes_part, deviation, slope, inverse, a, count, t_mean, pull, PADDING
         )
-        tiles.store(dx, dx_strides, o, i, begin + n, here, grad)
+        slices.store(dx, dx_strides, o, i, begin + n, here, grad)
     if tl.program_id(1) == 0:
         tiles.store_shares(partials, head, heads, tile, n_tiles, ok, through_clamp, m1, m2, deviation, inverse)
 

@@ -14,53 +14,20 @@ for entries equal to PADDING, which the variance takes for zeros.
 import triton
 import triton.language as tl
 
+from trifuse.triton_kernels import slices
 from trifuse.triton_kernels.common import LOG2E, wide
 
 LOG_ROOT_2PI = tl.constexpr(0.9189385332046727)
 
 
 @triton.jit
-def place(tile, head, heads, outer, inner, part, last_part, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The slices of a tile: their outer and inner index, their place among all, whether they exist; the first entry
-    of the head and how many it has. Columns of a tile are neighbours, and belong to one outer index."""
-    i = tl.arange(0, SLICES)
-    if COLUMNS:
-        tiles = tl.cdiv(inner, SLICES)
-        inside = (tile % tiles) * SLICES + i
-        ok = inside < inner
-        o = wide(tile // tiles) + tl.zeros((SLICES,), tl.int64)
-        inside = wide(inside)
-    else:
-        flat = wide(tile) * SLICES + i
-        ok = flat < wide(outer) * inner
-        o, inside = flat // inner, flat % inner
-    slot = (wide(head) * outer + o) * inner + inside
-    return o, inside, slot, ok, wide(head) * part, tl.where(head == heads - 1, last_part, part)
-
-
-@triton.jit
-def load(ptr, strides, o, i, n, here):
-    at = (o * strides[0] + i * strides[2])[:, None] + (n * strides[1])[None, :]
-    return tl.load(ptr + at, mask=here, other=0.0)
-
-
-@triton.jit
-def store(ptr, strides, o, i, n, here, value):
-    at = (o * strides[0] + i * strides[2])[:, None] + (n * strides[1])[None, :]
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=here)
-
-
-@triton.jit
 def entries(x, x_strides, mask, mask_strides, o, i, n, here, PADDING: tl.constexpr, ACC: tl.constexpr):
     """The entries of a tile, which of them are counted, and which take part."""
-    raw = load(x, x_strides, o, i, n, here).to(ACC)
-    if mask is not None:
-        counted = here & (load(mask, mask_strides, o, i, n, here) != 0)
-        takes_part = counted
-    elif PADDING is not None:
-        counted, takes_part = here & (raw != PADDING), here
-    else:
-        counted, takes_part = here, here
+    raw = slices.load(x, x_strides, o, i, n, here).to(ACC)
+    takes_part = slices.taking_part(mask, mask_strides, o, i, n, here)
+    counted = takes_part
+    if PADDING is not None:
+        counted = takes_part & (raw != PADDING)
     return raw, counted, takes_part
 
 
@@ -145,10 +112,10 @@ def gradient_of_log(dout, dout_strides, dweights, dweights_strides, raw, counted
     g = tl.zeros(raw.shape, ACC)
     weight_gradient = g
     if dout is not None:
-        g = load(dout, dout_strides, o, i, n, here).to(ACC)
+        g = slices.load(dout, dout_strides, o, i, n, here).to(ACC)
         weight_gradient = tl.where(counted, g * raw, 0.0)
     if dweights is not None:
-        more = load(dweights, dweights_strides, o, i, n, here).to(ACC)
+        more = slices.load(dweights, dweights_strides, o, i, n, here).to(ACC)
         weight_gradient = tl.where(takes_part, weight_gradient + more, 0.0)
     return g, weight_gradient
 

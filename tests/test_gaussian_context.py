@@ -102,5 +102,7 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"^GaussianContext2d: x has shape \(2, 8\); it must be \(B, C, H, W\)"):
         GaussianContext2d()(torch.randn(2, 8))
+    with pytest.raises(TypeError, match=r"^GaussianContext2d: x is list; it must be a torch.Tensor"):
+        GaussianContext2d()([1.0])
     with pytest.raises(TypeError, match=r"^GaussianContext2d: x is int64; it must be floating"):
         GaussianContext2d()(torch.ones(2, 8, 3, 3, dtype=torch.int64))

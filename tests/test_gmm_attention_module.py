@@ -195,6 +195,7 @@ def test_a_checkpoint_of_it_has_four_tensors():
         (ValueError, "initial_step is 0.0; it must be above 0", {"initial_step": 0.0}),
         (ValueError, "initial_width is -1.0; it must be above 0", {"initial_width": -1.0}),
         (ValueError, "eps is nan; it must be above 0", {"eps": math.nan}),
+        (TypeError, "initial_width is str; it must be a number", {"initial_width": "10"}),
     ],
 )
 def test_bad_constructor_arguments_are_named(error, message, options):
@@ -213,8 +214,16 @@ def test_bad_inputs_are_named():
         module(queries, values[:1])
     with pytest.raises(TypeError, match=name + "values is NoneType; it must be a torch.Tensor"):
         module(queries, None)
-    with pytest.raises(ValueError, match=r"^gmm_attention_step: mean has shape \(2, 4\); it must be \(B, K\) = "):
-        module.step(queries[:, 0], values, torch.zeros(2, 4, dtype=torch.float64))
+    mask, length = torch.zeros(2, 9, dtype=torch.bool), values.shape[1]
+    for attend, one in ((module.step, queries[:, 0]), (module, queries)):
+        with pytest.raises(ValueError, match=name + r"state has shape \(2, 4\); it must be \(B, K\) = \(2, "):
+            attend(one, values, torch.zeros(2, 4, dtype=torch.float64))
+        with pytest.raises(ValueError, match=name + rf"key_padding_mask has shape \(2, 9\); .* = \(2, {length}\)"):
+            attend(one, values, key_padding_mask=mask)
+        with pytest.raises(TypeError, match=name + "key_padding_mask is float32; it must be bool"):
+            attend(one, values, key_padding_mask=mask.float())
+        with pytest.raises(TypeError, match=name + "key_padding_mask is list; it must be a torch.Tensor or None"):
+            attend(one, values, key_padding_mask=[True])
 
 
 def test_every_backend_gives_the_same():

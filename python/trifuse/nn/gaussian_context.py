@@ -60,6 +60,8 @@ class GaussianContext2d(nn.Module):
             self.width.fill_(self.initial_width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"GaussianContext2d: x is {type(x).__name__}; it must be a torch.Tensor")
         if x.dim() not in (3, 4):
             raise ValueError(f"GaussianContext2d: x has shape {tuple(x.shape)}; it must be (B, C, H, W) or (C, H, W)")
         if not x.is_floating_point():

@@ -63,6 +63,8 @@ class MonotonicGMMAttention(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}: {argument} is {size}; it must be at least 1")
         for argument, number in {"initial_step": initial_step, "initial_width": initial_width, "eps": eps}.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: {argument} is {type(number).__name__}; it must be a number")
             if not number > 0 or math.isinf(number):
                 raise ValueError(f"{name}: {argument} is {number}; it must be above 0 and finite")
         self.query_dim, self.num_mixtures, self.hidden_dim = query_dim, num_mixtures, hidden_dim
@@ -111,7 +113,7 @@ class MonotonicGMMAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what it was and what it must be.
         """
-        self._check(query, values, 2, "(B, query_dim)")
+        self._check(query, values, 2, "(B, query_dim)", state, key_padding_mask)
         weight, delta, sigma = self._mixture_of(query, values)
         state = self.initial_state(values) if state is None else state
         return gmm_attention_step(
@@ -144,7 +146,7 @@ class MonotonicGMMAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what it was and what it must be.
         """
-        self._check(queries, values, 3, "(B, S, query_dim)")
+        self._check(queries, values, 3, "(B, S, query_dim)", state, key_padding_mask)
         batch, steps, _ = queries.shape
         length = values.shape[1]
         weight, delta, sigma = self._mixture_of(queries, values)
@@ -177,11 +179,13 @@ class MonotonicGMMAttention(nn.Module):
         weight, delta, width = raw.chunk(3, -1)
         return weight.softmax(-1), delta, F.softplus(width) + self.eps
 
-    def _check(self, query: Any, values: Any, dims: int, form: str) -> None:
+    def _check(self, query: Any, values: Any, dims: int, form: str, state: Any, key_padding_mask: Any) -> None:
         name, argument = type(self).__name__, "query" if dims == 2 else "queries"
-        for given, tensor in ((argument, query), ("values", values)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: {given} is {type(tensor).__name__}; it must be a torch.Tensor")
+        optional = {"state": state, "key_padding_mask": key_padding_mask}
+        for given, tensor in {argument: query, "values": values, **optional}.items():
+            if not isinstance(tensor, Tensor) and not (tensor is None and given in optional):
+                also = " or None" if given in optional else ""
+                raise TypeError(f"{name}: {given} is {type(tensor).__name__}; it must be a torch.Tensor{also}")
         if query.dim() != dims or query.shape[-1] != self.query_dim:
             was, size = tuple(query.shape), self.query_dim
             raise ValueError(f"{name}: {argument} has shape {was}; it must be {form} with query_dim = {size}")
@@ -189,6 +193,15 @@ class MonotonicGMMAttention(nn.Module):
             raise ValueError(
                 f"{name}: values has shape {tuple(values.shape)}; it must be (B, T, E) with B = {query.shape[0]}"
             )
+        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+            was = str(key_padding_mask.dtype).removeprefix("torch.")
+            raise TypeError(f"{name}: key_padding_mask is {was}; it must be bool, True where a position is padding")
+        batch, length, _ = values.shape
+        for given, what, shape in (("state", "(B, K)", (batch, self.num_mixtures)),
+                                   ("key_padding_mask", "(B, T)", (batch, length))):  # fmt: skip
+            if optional[given] is not None and tuple(optional[given].shape) != shape:
+                was = tuple(optional[given].shape)
+                raise ValueError(f"{name}: {given} has shape {was}; it must be {what} = {shape}")
 
 
 def _inverse_softplus(y: float) -> float:

@@ -4,6 +4,8 @@ reference.
 Every comparison runs in ascending and in descending thread order and wants the same bits; memory that nothing wrote
 is NaN (see test_cuda_emulated.py)."""
 
+import ctypes
+
 import pytest
 import torch
 from emulated_cuda import load
@@ -98,6 +100,14 @@ def test_row_lengths(length):
 def test_row_lengths_of_two_byte_vectors(dtype, length):
     """Four lanes, eight, a warp, a block, pieces: forward they hold twice as many entries as of four bytes."""
     check(make((9 if length < 2000 else 1, length), dtype))
+
+
+def test_rows_are_read_in_vectors_where_they_can_be():
+    """Only then a block holds 8192 entries; half as many otherwise."""
+    workspace = library.trifuse_gaussian_adaptive_attention_workspace
+    workspace.argtypes, workspace.restype = [ctypes.c_int64, ctypes.c_int], ctypes.c_int64
+    assert not workspace(8192, 0) and workspace(8193, 0) and workspace(8196, 0)
+    assert not workspace(4096, 1) and not workspace(4095, 0) and workspace(4100, 1) and workspace(4099, 0)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 1025])

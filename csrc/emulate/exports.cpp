@@ -1,5 +1,6 @@
 // What the tests ask of the emulator besides running the ops.
 #include "../cuda/selective_scan_launch.cuh"
+#include "trifuse/gaussian_adaptive_attention.h"
 
 using trifuse::cuda::Coefficient;
 using trifuse::cuda::Sequence;
@@ -28,6 +29,20 @@ EXPORT int64_t trifuse_coefficient_offset(int64_t batch_stride, int64_t group_st
   c.state = state_stride;
   c.step = step_stride;
   return trifuse::cuda::coefficient_offset(c, batch, group, state, step);
+}
+
+// The workspace of a dense row's forward pass, which is none where a block holds it: more entries without a mask, where
+// rows are read in vectors.
+EXPORT int64_t trifuse_gaussian_adaptive_attention_workspace(int64_t length, int masked) {
+  alignas(16) static unsigned char somewhere[16];
+  trifuse::GaussianAdaptiveAttentionParams p;
+  p.outer = p.inner = 1;
+  p.length = length;
+  p.eps = 1e-8;
+  p.x = {somewhere, length, 1, 1};
+  if (masked) p.mask = p.x;
+  p.out = somewhere;
+  return trifuse::cuda::gaussian_adaptive_attention_workspace_bytes(p);
 }
 
 // Bytes of shared memory of a block, by kernel, sequence dtype and states per lane; -1 if there is none such.

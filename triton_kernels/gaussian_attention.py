@@ -144,7 +144,7 @@ class _Operands:
 
     def _unpadded(self, padding):
         """Per place, the last key up to it and the first from it on that are no padding."""
-        if padding is None or not self.skips:
+        if padding is None:
             return None, None
         place = torch.arange(self.keys, dtype=torch.int32, device=padding.device)
         before = torch.where(padding, -1, place).cummax(1).values
@@ -161,9 +161,9 @@ class _Operands:
             centre = q.new_empty((rows, self.head_dim), dtype=torch.float32)
             common.launch(
                 centre_kernel, (rows,),
-                k, padding, self.packing.offsets[1], centre, k.stride(), padding_strides, self.kv_heads, self.keys,
-                self.head_dim, self.packing.sequences,
-                HALF=self.half, BLOCK_R=16, BLOCK_D=self.block_d, num_warps=4,
+                k, self.window[5], self.packing.offsets[1], centre, k.stride(), self.kv_heads, self.keys, self.head_dim,
+                self.packing.sequences,
+                HALF=self.half, BLOCK_R=32, BLOCK_D=self.block_d, num_warps=4,
             )  # fmt: skip
             seen = torch.zeros((rows,), dtype=torch.int32, device=q.device) if self.half else None
         found = []

@@ -17,26 +17,27 @@ from trifuse.triton_kernels.common import wide
 
 __all__ = ["centre_kernel", "move_kernel"]
 
-SAMPLES = tl.constexpr(512)  # of keys, at even steps, that are enough for a mean
+SAMPLES = tl.constexpr(128)  # of keys, at even steps, that are enough for a mean
 
 
 @triton.jit
-def _sample(k, stride, padding, padding_stride, r, d, keys, head_dim):
-    """Keys r as float32, and which of their numbers count: not those of padding, of NaN or of infinity."""
+def _sample(k, strides, after, r, d, keys, head_dim):
+    """Keys r, or the next that are no padding, as float32, and which of their numbers count: not NaN and infinity."""
     there = r < keys
-    if padding is not None:
-        there = there & (tl.load(padding + r * padding_stride, mask=there, other=1) == 0)
+    if after is not None:
+        r = tl.load(after + r, mask=there, other=0).to(tl.int64)
+        there = there & (r >= 0) & (r < keys)
     mask = there[:, None] & (d < head_dim)[None, :]
-    x = tl.load(k + r[:, None] * stride[2] + d[None, :] * stride[3], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(k + r[:, None] * strides[2] + d[None, :] * strides[3], mask=mask, other=0.0).to(tl.float32)
     return x, mask & (tl.abs(x) < float("inf"))
 
 
 @triton.jit
 def centre_kernel(
-    k, padding, offsets, centre, k_strides, padding_strides, kv_heads, keys, head_dim, sequences,
+    k, after, offsets, centre, k_strides, kv_heads, keys, head_dim, sequences,
     HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The centre of one sequence and head of keys."""
+    """The centre of one sequence and head of keys. `after`: per place, the first key from it on that is no padding."""
     program = wide(tl.program_id(0))
     sequence, head, batch = program % sequences, program // sequences % kv_heads, program // sequences // kv_heads
     d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -46,17 +47,13 @@ def centre_kernel(
     if offsets is not None:
         first = tl.load(offsets + sequence)
         n = tl.load(offsets + sequence + 1) - first
-        k += first * k_strides[2]
-    padding_stride = 0
+    if after is not None:
+        after += batch * keys
     step = tl.maximum(n // SAMPLES, 1)
-    if padding is not None:  # what is no padding may be few
-        padding += batch * padding_strides[0] + first * padding_strides[1]
-        padding_stride = padding_strides[1]
-        step = wide(1)
     total, count = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, tl.cdiv(n, step), BLOCK_R):
-        r = (start + tl.arange(0, BLOCK_R)) * step
-        x, counts = _sample(k, k_strides, padding, padding_stride, r, d, n, head_dim)
+        r = first + (start + tl.arange(0, BLOCK_R)) * step
+        x, counts = _sample(k, k_strides, after, r, d, first + n, head_dim)
         total += tl.sum(tl.where(counts, x, 0.0), 0)
         count += tl.sum(counts.to(tl.float32), 0)
     mean = total / tl.maximum(count, 1.0)
@@ -65,8 +62,8 @@ def centre_kernel(
         mean = mean.to(k.dtype.element_ty).to(tl.float32)
         farthest = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, tl.cdiv(n, step), BLOCK_R):
-            r = (start + tl.arange(0, BLOCK_R)) * step
-            x, counts = _sample(k, k_strides, padding, padding_stride, r, d, n, head_dim)
+            r = first + (start + tl.arange(0, BLOCK_R)) * step
+            x, counts = _sample(k, k_strides, after, r, d, first + n, head_dim)
             farthest = tl.maximum(farthest, tl.max(tl.where(counts, tl.abs(x - mean[None, :]), 0.0), 0))
         mean = tl.where(farthest < tl.abs(mean), mean, 0.0)
     tl.store(centre + program * head_dim + d, mean, mask=d < head_dim)

@@ -82,7 +82,8 @@ void backward(const GaussianAdaptiveAttentionBwdParams& p, const Threads& thread
   const Portions<E, kRows> portions(p, cutting);
   const std::vector<Head> heads = heads_of<E>(p);
   std::vector<CurveGradient> sums(portions.count() * p.heads);
-  parallel(threads, portions.tasks(), [&](int64_t begin, int64_t end) {
+  const int64_t tasks = p.slices() * p.length > 0 ? portions.tasks() : 0;
+  parallel(threads, tasks, [&](int64_t begin, int64_t end) {
     BackwardTile<E, S, kRows> tile(p, cutting);
     for (int64_t task = begin; task < end; ++task) {
       portions.each(task, [&](int64_t group, int64_t head, int64_t portion) {

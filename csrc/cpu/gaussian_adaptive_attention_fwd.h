@@ -15,29 +15,11 @@ struct ForwardSteps {
   using Wide = PerSlice<double, E, kRows>;
   using Input = Entries<E>;
 
-  // Sums of the entries, and how many they are.
-  static void mean(const Input& in, int64_t steps, bool one, Wide& sum, Wide& count) {
-    Sums<E, kRows> sums, counts;
-    for (int64_t begin = 0; begin < steps; begin += kChunk) {
-      Vec<E> s[kWide] = {}, n[kWide] = {};
-      for (int64_t t = begin; t < std::min(begin + kChunk, steps); ++t) {
-        TRIFUSE_EACH_VECTOR {
-          Vec<E> x = in.at(t, u);
-          if (kPadded) x = where<E>(in.multiplied[t * kWide + u], x);
-          if (kMasked) n[u] = n[u] + where<E>(in.counted[t * kWide + u], splat(E(1)));
-          s[u] = s[u] + x;
-        }
-      }
-      sums.add(s);
-      if (kMasked) counts.add(n);
-    }
-    sums.get(sum, one);
-    if (kMasked) counts.get(count, one);
-  }
+  static constexpr auto sum = sum_entries<E, kRows, kMasked, kPadded>;
 
-  // Sums of squares about `mean`, and the least (x - centre)^2.
-  static void squares(const Input& in, int64_t steps, bool one, const Numbers& mean, const Numbers& centre,
-                      Wide& squares, Numbers& least) {
+  // Sums of squares about the mean, and the least e^2.
+  static void squares(const Input& in, int64_t steps, bool one, const Curve<E, kRows>& curve, Wide& squares,
+                      Numbers& least) {
     Sums<E, kRows> sums;
     Vec<E> low[kWide];
     TRIFUSE_EACH_VECTOR low[u] = splat(std::numeric_limits<E>::max());
@@ -46,9 +28,10 @@ struct ForwardSteps {
       for (int64_t t = begin; t < std::min(begin + kChunk, steps); ++t) {
         TRIFUSE_EACH_VECTOR {
           const Vec<E> x = in.at(t, u);
-          Vec<E> d = x - spread<E, kRows>(mean, u);
-          Vec<E> square = rounded_square<E>(x - spread<E, kRows>(centre, u));
-          if (kPadded) d = where<E>(in.multiplied[t * kWide + u], x) - spread<E, kRows>(mean, u);
+          const Vec<E> mean = spread<E, kRows>(curve.mean, u);
+          Vec<E> d = x - mean;
+          Vec<E> square = rounded_square<E>(d - spread<E, kRows>(curve.beta, u));
+          if (kPadded) d = where<E>(in.multiplied[t * kWide + u], x) - mean;
           if (kMasked) {
             const IVec<E> counted = in.counted[t * kWide + u];
             d = where<E>(counted, d);
@@ -72,8 +55,8 @@ struct ForwardSteps {
       Vec<E> s[kWide] = {};
       for (int64_t t = begin; t < std::min(begin + kChunk, steps); ++t) {
         TRIFUSE_EACH_VECTOR {
-          Vec<E> p = weight_of<E, kPadded>(in.at(t, u), spread<E, kRows>(curve.centre, u),
-                                           spread<E, kRows>(curve.rate, u), spread<E, kRows>(least, u));
+          const Vec<E> e = in.at(t, u) - spread<E, kRows>(curve.mean, u) - spread<E, kRows>(curve.beta, u);
+          Vec<E> p = weight_of<E, kPadded>(e, spread<E, kRows>(curve.rate, u), spread<E, kRows>(least, u));
           if (kMasked) p = where<E>(in.counted[t * kWide + u], p);
           s[u] = s[u] + p;
           store(w + (t * kWide + u) * kLanes<E>, p);
@@ -169,11 +152,15 @@ class ForwardTile {
   void moments(const Head& head, Steps steps, int64_t k) {
     Wide sum, count, squares;
     for (int i = 0; i < kCount; ++i) count[i] = double(Cutting<E, kRows>::entries(tile_));
-    steps.mean(in_, tile_.steps, tile_.one, sum, count);
+    steps.sum(in_, tile_.steps, tile_.one, sum, count);
     Wide mean;
     for (int i = 0; i < kCount; ++i) mean[i] = sum[i] / std::max(count[i], 1.0);
-    for (int i = 0; i < kCount; ++i) curve_.set_mean(head, i, E(mean[i]));
-    steps.squares(in_, tile_.steps, tile_.one, curve_.mean, curve_.centre, squares, least_);
+    for (int i = 0; i < kCount; ++i) curve_.set_mean(head, i, mean[i]);
+    steps.squares(in_, tile_.steps, tile_.one, curve_, squares, least_);
+    for (int i = 0; i < kCount; ++i) {
+      const double error = mean[i] - double(curve_.mean[i]);
+      squares[i] = std::max(squares[i] - count[i] * error * error, 0.0);
+    }
     if (k == 0) {
       mean_ = mean;
       count_ = count;
@@ -191,7 +178,7 @@ class ForwardTile {
   void finish_variance(const Head& head) {
     for (int i = 0; i < kCount; ++i) {
       inverse_variance_[i] = E(1 / (squares_[i] / std::max(count_[i] - 1, 1.0) + p_.eps));
-      if (blocks_ > 1) curve_.set_mean(head, i, E(mean_[i]));
+      if (blocks_ > 1) curve_.set_mean(head, i, mean_[i]);
       curve_.set_rate(head, i, inverse_variance_[i]);
     }
   }
@@ -202,7 +189,7 @@ class ForwardTile {
     if (blocks_ == 1) return steps.weights(in_, tile_.steps, tile_.one, curve_, least_, weights(), sum_);
     Wide squares, sum;
     Numbers least;
-    steps.squares(in_, tile_.steps, tile_.one, curve_.mean, curve_.centre, squares, least);
+    steps.squares(in_, tile_.steps, tile_.one, curve_, squares, least);
     steps.weights(in_, tile_.steps, tile_.one, curve_, least, weights(), sum);
     for (int i = 0; i < kCount; ++i) {
       const E both = k == 0 ? least[i] : std::min(least_[i], least[i]);

@@ -36,28 +36,90 @@ Head head_of(const AttentionShape& p, int64_t head) {
   return h;
 }
 
-// What the exponents of a slice are made of: log2 of its unnormalised weight is -rate (x - centre)^2. Both passes
-// compute them from the numbers as they are stored, so they compute the same weights.
+// What the exponents of a slice are made of: log2 of its unnormalised weight is -rate e^2, e = x - mean - beta. Both
+// passes compute them from the numbers as they are stored, so they compute the same weights.
 template <class E, bool kRows>
 struct Curve {
-  PerSlice<E, E, kRows> mean, centre, rate;
+  PerSlice<E, E, kRows> mean, rate, beta;
 
-  void set_mean(const Head& h, int i, E mean_of) {
-    mean[i] = mean_of;
-    centre[i] = E(double(mean_of) + h.beta);
+  // `mean` and `beta` are rounded so that their sum is not: what the smaller one loses the larger one's rest would
+  // drown, and beta's own rounding, left alone, would be an error common to all slices.
+  void set_mean(const Head& h, int i, double mean_of) {
+    mean[i] = E(mean_of + (h.beta - double(E(h.beta))));
+    beta[i] = E(mean_of + h.beta - double(mean[i]));
   }
+  // How far the rounded mean is from the mean.
+  double mean_error(const Head& h, int i) const { return h.beta - double(beta[i]); }
+
   void set_rate(const Head& h, int i, E inverse_variance) {
     constexpr double limit = sizeof(E) == 4 ? 1e30 : 1e250;  // a product with a square stays finite
     rate[i] = E(std::min(h.a * double(inverse_variance) * (0.5 * kLog2e), limit));
   }
 };
 
+// Sums of the entries, and how many they are (as before where none is masked).
+template <class E, bool kRows, bool kMasked, bool kPadded>
+void sum_entries(const Entries<E>& in, int64_t steps, bool one, PerSlice<double, E, kRows>& sum,
+                 PerSlice<double, E, kRows>& count) {
+  Sums<E, kRows> sums, counts;
+  PerSlice<E, E, kRows> near;  // what is summed up is the distance from the first entry, small where all are large
+  TRIFUSE_EACH_VECTOR {
+    Vec<E> x = in.at(0, u);
+    if (kPadded) x = where<E>(in.multiplied[u], x);
+    if constexpr (kRows) {
+      near[u] = one && u > 0 ? near[0] : x[0];
+    } else {
+      store(near.at + u * kLanes<E>, x);
+    }
+  }
+  for (int64_t begin = 0; begin < steps; begin += kChunk) {
+    Vec<E> s[kWide] = {}, n[kWide] = {};
+    for (int64_t t = begin; t < std::min(begin + kChunk, steps); ++t) {
+      TRIFUSE_EACH_VECTOR {
+        Vec<E> x = in.at(t, u);
+        if (kPadded) x = where<E>(in.multiplied[t * kWide + u], x);
+        x = x - spread<E, kRows>(near, u);
+        if (kMasked) x = where<E>(in.counted[t * kWide + u], x);
+        if (kMasked) n[u] = n[u] + where<E>(in.counted[t * kWide + u], splat(E(1)));
+        s[u] = s[u] + x;
+      }
+    }
+    sums.add(s);
+    if (kMasked) counts.add(n);
+  }
+  sums.get(sum, one);
+  if (kMasked) counts.get(count, one);
+  for (int i = 0; i < kSlices<E, kRows>; ++i) sum[i] += count[i] * double(near[i]);
+}
+
+// exp2(rate * away), zero where it is far below any sum of weights that has a 1 in it: numbers too small to be normal
+// cost a hundred times as much, here and wherever they are multiplied.
+template <class E>
+TRIFUSE_INLINE Vec<E> exp2_or_zero(Vec<E> rate, Vec<E> away) {
+  constexpr E least = sizeof(E) == 4 ? E(-100) : E(-900);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 4) {
+    const __m512 magic = _mm512_set1_ps(kSixteenths);
+    const __m512 t = _mm512_fmadd_ps((__m512)rate, (__m512)away, magic), s = _mm512_sub_ps(t, magic);
+    const __m512 r = _mm512_fmsub_ps((__m512)rate, (__m512)away, s);
+    const __m512 q =
+        _mm512_fmadd_ps(r, _mm512_set1_ps(float(kLn2 * kLn2 * kLn2 / 6)), _mm512_set1_ps(float(kLn2 * kLn2 / 2)));
+    const __m512 p = _mm512_mul_ps(_mm512_fmadd_ps(q, r, _mm512_set1_ps(float(kLn2))), r);
+    const __m512 step = _mm512_permutexvar_ps(_mm512_castps_si512(t), sixteenths());
+    const __mmask16 large = _mm512_cmp_ps_mask(s, _mm512_set1_ps(least), _CMP_NLT_UQ);  // a NaN stays one
+    return (Vec<E>)_mm512_maskz_scalef_ps(large, _mm512_fmadd_ps(p, step, step), s);
+  }
+#endif
+  const IVec<E> small = rate * away < splat(least);
+  return (Vec<E>)(~small & (IVec<E>)exp2_product<E>(rate, away));
+}
+
 // An entry's weight before the normalisation; that of the least square is 1.
 template <class E, bool kPadded>
-TRIFUSE_INLINE Vec<E> weight_of(Vec<E> x, Vec<E> centre, Vec<E> rate, Vec<E> least) {
-  Vec<E> square = rounded_square<E>(x - centre);
+TRIFUSE_INLINE Vec<E> weight_of(Vec<E> e, Vec<E> rate, Vec<E> least) {
+  Vec<E> square = rounded_square<E>(e);
   if (kPadded) square = at_most<E>(square, E(1e30));  // a sentinel may be infinite
-  return exp2_product<E>(rate, least - square);
+  return exp2_or_zero<E>(rate, least - square);
 }
 
 // The log of what the sum of weights is at least divided by when clamped: eps over the greatest product's factor.

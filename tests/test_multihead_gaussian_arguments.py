@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trifuse.nn import MultiheadGaussianAttention
+from trifuse.nn import MultiheadGaussianAttention, gaussian_multihead
 
 KINDS = ("rbf", "local", "rbf+local")
 
@@ -103,3 +104,40 @@ def test_a_window_without_end_is_torch_s_attention(data) -> None:
         called(ours, inputs, **masks, **options), called(theirs, inputs, **masks, **options), strict=True
     ):
         torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_may_hold_anything(kind: str, need_weights: bool, added: bool) -> None:
+    """NaN, and numbers so large that a mean over them would leave no digits of the distances."""
+    torch.manual_seed(0)
+    module = MultiheadGaussianAttention(12, 3, kind=kind, batch_first=True, add_bias_kv=added)
+    query, key = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+    padding = torch.tensor([[False] * 7, [False] * 3 + [True] * 4])
+    as_numbers = torch.zeros(2, 7).masked_fill(padding, -math.inf)
+    learned = as_numbers + torch.tensor([0.0, 0.5, -0.5, 0, 0, 0, 0])
+    for mask in (padding, as_numbers, learned):
+        true = copy.deepcopy(module).double()(*(x.double() for x in (query, key, key)), mask, need_weights)[0]
+        for content in (1e5, math.nan):
+            held = key.masked_fill(padding[..., None], content)
+            out = module(query, held, held, mask, need_weights)[0]
+            torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_as_numbers_lets_keys_be_passed_over(monkeypatch) -> None:
+    """torch's encoder makes numbers of a bool mask, and an added mask looks at every key."""
+    given_masks = []
+
+    def attention(q, k, v, **options):
+        given_masks.append((options["attn_mask"], options["key_padding_mask"]))
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(gaussian_multihead, "gaussian_attention", attention)
+    layer = nn.TransformerEncoderLayer(12, 3, batch_first=True)
+    layer.self_attn = MultiheadGaussianAttention(12, 3, kind="local", batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    padding = torch.tensor([[False] * 7, [False] * 3 + [True] * 4])
+    encoder(torch.randn(2, 7, 12), src_key_padding_mask=padding)
+    ((mask, kept_padding),) = given_masks
+    assert mask is None and torch.equal(kept_padding, padding)

@@ -31,7 +31,7 @@ def attend(
         v: ``(B, H, S + added, dv)``.
         gamma, sigma: ``(H,)`` of the accumulation dtype, or None.
         attn_mask: broadcastable to ``(B, H, L, S)``, bool (True takes part) or floating (added).
-        key_padding_mask: ``(B, S)`` bool, True is padding.
+        key_padding_mask: ``(B, S)`` bool, True is padding, which may hold anything.
         is_causal: query i sees the keys ``j <= i``.
         added: see k.
         dropout: probability of dropping a weight.
@@ -44,7 +44,11 @@ def attend(
     # Products of half precision would lose what centring gains; softmax would come back in float32 anyway.
     with torch.autocast(q.device.type, enabled=False):
         bias = _bias(queries, keys, sigma, attn_mask, key_padding_mask, is_causal, acc, q.device)
-        logits = _scores(q.to(acc), k.to(acc), gamma)
+        kept = None
+        if key_padding_mask is not None:  # NaN times a weight of 0 is NaN, and the mean is of the keys that count
+            kept = F.pad(~key_padding_mask, (0, added), value=True)[:, None, :, None]
+            k, v = (torch.where(kept, one, 0) for one in (k, v))
+        logits = _scores(q.to(acc), k.to(acc), gamma, kept)
         if bias is not None:
             logits = logits + (F.pad(bias, (0, added)) if added else bias)
         if attn_mask is None and key_padding_mask is None:
@@ -64,13 +68,14 @@ def similarity(q: Tensor, key: Tensor, gamma: Tensor | None) -> Tensor:
     return -gamma[:, None] * (q - key).square().sum(-1)
 
 
-def _scores(q: Tensor, k: Tensor, gamma: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, gamma: Tensor | None, kept: Tensor | None) -> Tensor:
     if gamma is None:
         return (q / math.sqrt(max(q.shape[-1], 1))) @ k.mT
     # What is common to the keys of a query cancels, so ||q||^2 is left out. Nearer to the keys' mean the square of a
     # key and its product differ by less; the mean's own gradient is zero, as moving q and k alike changes nothing.
     if k.shape[2]:
-        mean = k.detach().mean(2, keepdim=True)
+        total = k.detach().sum(2, keepdim=True)
+        mean = total / (k.shape[2] if kept is None else kept.sum(2, keepdim=True).clamp(min=1))
         q, k = q - mean, k - mean
     gamma = gamma[:, None, None]
     return (2 * gamma * q) @ k.mT - gamma * k.square().sum(-1)[:, :, None]
@@ -84,7 +89,7 @@ def _bias(
     bias = None
     away = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
     if sigma is not None:
-        bias = -away.to(acc).square() / (2 * sigma.square()[:, None, None])
+        bias = -(away / sigma[:, None, None]).square() / 2  # 1 / sigma^4, of a gradient otherwise, overflows early
     shut = away > 0 if is_causal else None
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trifuse._library import values_are_known
 from trifuse.nn import explicit_attention
 from trifuse.ops import gaussian_attention
 
@@ -159,7 +160,8 @@ class MultiheadGaussianAttention(nn.MultiheadAttention):
             query: ``(L, B, embed_dim)``, ``(B, L, embed_dim)`` with ``batch_first``, or unbatched ``(L, embed_dim)``.
             key: ``(S, B, kdim)``, ``(B, S, kdim)`` or ``(S, kdim)``; value the same with ``vdim``.
             value: see key.
-            key_padding_mask: ``(B, S)`` or ``(S,)``: bool, True is padding, or floating, added to the logits.
+            key_padding_mask: ``(B, S)`` or ``(S,)``: bool, True is padding, or floating, added to the logits, -inf is
+                padding. What padding holds does not matter, even NaN.
             need_weights: also return the weights, for which the (L, S) matrix is stored.
             attn_mask: ``(L, S)`` or ``(B * num_heads, L, S)``: bool, True may not attend, or floating, added.
             average_attn_weights: the weights are the mean over heads, not those of each head.
@@ -272,12 +274,13 @@ class MultiheadGaussianAttention(nn.MultiheadAttention):
                 raise ValueError(f"{NAME}: key_padding_mask has shape {tuple(padding.shape)}; it must be {wanted}")
             padding = padding.view(batch, keys)
             if padding.dtype != torch.bool:
-                added = padding.to(acc)[:, None, None]
+                added, padding = padding.to(acc)[:, None, None], padding == -math.inf
+                if _is_only(padding, added):
+                    return mask, padding
                 if mask is None:
                     mask = added
                 else:
                     mask = torch.where(mask, added, -math.inf) if mask.dtype == torch.bool else mask + added
-                padding = None
         return mask, padding
 
     def _with_added_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -317,6 +320,14 @@ class MultiheadGaussianAttention(nn.MultiheadAttention):
         if self.bias_k is not None:
             joined = joined + shares[..., 1:2] * bias_v
         return joined.to(out.dtype)
+
+
+def _is_only(padding: Tensor, added: Tensor) -> bool:
+    """Whether numbers added to the logits do nothing but shut out padding, as those of torch's encoder do: as bool,
+    they let keys be passed over. On a GPU the answer would wait for it."""
+    if added.requires_grad or added.device.type != "cpu" or not values_are_known(added):
+        return False
+    return not (added[:, 0, 0].masked_fill(padding, 0) != 0).any()
 
 
 def _windows(heads: int) -> list[float]:

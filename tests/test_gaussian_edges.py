@@ -1,5 +1,7 @@
 """What lies at the edges of the Gaussian ops: traced numbers, booleans where numbers belong, padding
-that holds NaN."""
+that holds NaN, values far from all others."""
+
+import math
 
 import pytest
 import torch
@@ -43,3 +45,46 @@ def test_padding_of_attention_may_hold_anything(backend, kind):
 
     for found, expected in zip(results(float("nan")), results(0.0), strict=True):
         assert expected.isfinite().all() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["cpp"] if HAS_CPP else [])])
+@pytest.mark.parametrize("sentinel", [-1e9, -1e18, float("-inf"), float("inf")])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_padding_value_may_be_far_from_everything(backend, sentinel, dim):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, generator=g)
+    x[torch.rand(3, 40, generator=g) < 0.3] = sentinel
+    x[:, 7] = sentinel  # along dim 0 a slice of nothing else
+    options = {"padding_value": sentinel, "dim": dim, "return_weights": True}
+    parameters = torch.tensor([[0.1, 0.2]]), torch.tensor([[1.0, 0.8]])
+    with trifuse.backend(backend):
+        out, weights = trifuse.gaussian_adaptive_attention(x, *parameters, **options)
+    options["padding_value"] = torch.tensor(sentinel).item()  # as float32 holds it
+    expected = trifuse.reference.gaussian_adaptive_attention(
+        x.double(), *(one.double() for one in parameters), **{k: v for k, v in options.items() if k != "return_weights"}
+    )
+    there = x != sentinel
+    torch.testing.assert_close(out[there].double(), expected[0][there], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(weights[there].double(), expected[1][there], atol=1e-6, rtol=1e-5)
+    assert torch.equal(out[~there], x[~there])
+    assert weights.isfinite().all() or math.isinf(sentinel)
+
+
+@cpp_only
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_first_entry_far_from_all_others_costs_no_digits(isa, dim):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4000, generator=g)
+    x[:, 0] = 1e6
+    x = x.T.contiguous().repeat(1, 20) if dim == 0 else x
+    parameters = torch.tensor([[0.1, 0.2]]), torch.full((1, 2), 1e-3)
+
+    def weights(function, dtype):
+        return function(x.to(dtype), *(one.to(dtype) for one in parameters), dim=dim, return_weights=True)[1].double()
+
+    def reference(x, mean_offset, width, dim, return_weights):
+        return trifuse.reference.gaussian_adaptive_attention(x, mean_offset, width, dim=dim)
+
+    exact, eager = weights(reference, torch.float64), weights(reference, torch.float32)
+    found = weights(trifuse.gaussian_adaptive_attention, torch.float32)
+    assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max() + 5e-7 * exact.max()

@@ -31,7 +31,10 @@ struct ForwardSteps {
           const Vec<E> mean = spread<E, kRows>(curve.mean, u);
           Vec<E> d = x - mean;
           Vec<E> square = rounded_square<E>(d - spread<E, kRows>(curve.beta, u));
-          if (kPadded) d = where<E>(in.multiplied[t * kWide + u], x) - mean;
+          if (kPadded) {
+            d = where<E>(in.multiplied[t * kWide + u], x) - mean;
+            square = at_most<E>(square, E(kFarthest));
+          }
           if (kMasked) {
             const IVec<E> counted = in.counted[t * kWide + u];
             d = where<E>(counted, d);

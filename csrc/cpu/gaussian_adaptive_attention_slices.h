@@ -62,10 +62,16 @@ template <class E, bool kRows, bool kMasked, bool kPadded>
 void sum_entries(const Entries<E>& in, int64_t steps, bool one, PerSlice<double, E, kRows>& sum,
                  PerSlice<double, E, kRows>& count) {
   Sums<E, kRows> sums, counts;
-  PerSlice<E, E, kRows> near;  // what is summed up is the distance from the first entry, small where all are large
+  // What is summed up is the distance from an entry, small where all are large: the middle one of three, as the first
+  // may be far from all others.
+  PerSlice<E, E, kRows> near;
   TRIFUSE_EACH_VECTOR {
-    Vec<E> x = in.at(0, u);
-    if (kPadded) x = where<E>(in.multiplied[u], x);
+    const auto entry = [&](int64_t t) {
+      const Vec<E> x = in.at(t, u);
+      return kPadded ? where<E>(in.multiplied[t * kWide + u], x) : x;
+    };
+    const Vec<E> a = entry(0), b = entry(steps / 2), c = entry(steps - 1);
+    const Vec<E> less = smaller<E>(a, b), more = -smaller<E>(-a, -b), x = -smaller<E>(-less, -smaller<E>(more, c));
     if constexpr (kRows) {
       near[u] = one && u > 0 ? near[0] : x[0];
     } else {
@@ -114,11 +120,13 @@ TRIFUSE_INLINE Vec<E> exp2_or_zero(Vec<E> rate, Vec<E> away) {
   return (Vec<E>)(~small & (IVec<E>)exp2_product<E>(rate, away));
 }
 
+constexpr double kFarthest = 1e30;  // of squares: a sentinel may be infinite
+
 // An entry's weight before the normalisation; that of the least square is 1.
 template <class E, bool kPadded>
 TRIFUSE_INLINE Vec<E> weight_of(Vec<E> e, Vec<E> rate, Vec<E> least) {
   Vec<E> square = rounded_square<E>(e);
-  if (kPadded) square = at_most<E>(square, E(1e30));  // a sentinel may be infinite
+  if (kPadded) square = at_most<E>(square, E(kFarthest));
   return exp2_or_zero<E>(rate, least - square);
 }
 

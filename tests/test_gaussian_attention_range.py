@@ -97,6 +97,22 @@ def test_a_narrow_window_in_a_long_sequence(backend, device):
         assert error(got.cpu(), right) < 1e-5, name
 
 
+@pytest.mark.parametrize("sigma", [1e-38, 1e-12, torch.inf])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_the_narrowest_window_is_its_key_and_the_widest_none(backend, sigma):
+    tensors = make(queries=9, kind="")
+    with trifuse.backend(backend):
+        out, lse = trifuse.gaussian_attention(**tensors, sigma=sigma, return_lse=True)
+    q, k, v = (tensors[name] for name in "qkv")
+    logits = q @ k.mT / q.shape[3] ** 0.5
+    if sigma < 1:
+        torch.testing.assert_close(out, v)
+        torch.testing.assert_close(lse, logits.diagonal(dim1=2, dim2=3))
+    else:
+        torch.testing.assert_close(out, logits.softmax(-1) @ v)
+        torch.testing.assert_close(lse, logits.logsumexp(-1))
+
+
 @kernels
 @dtypes
 @pytest.mark.parametrize("causal", [False, True])

@@ -105,7 +105,8 @@ def _window(center: Tensor | None, sigma: Tensor | None, keys: int) -> Tensor | 
     positions = torch.arange(max(sigma.shape[2], keys), dtype=sigma.dtype, device=sigma.device)
     if center is None:
         center = positions[: sigma.shape[2]].expand(sigma.shape)
-    return -(positions[:keys] - center[..., None]).square() / (2 * sigma.square())[..., None]
+    # Divided before it is squared: the square of a narrow sigma is 0.
+    return -((positions[:keys] - center[..., None]) / sigma[..., None]).square() / 2
 
 
 def _masked(logits: Tensor, attn_mask: Tensor | None, kept: Tensor | None, is_causal: bool) -> Tensor:

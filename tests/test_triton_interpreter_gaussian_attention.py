@@ -59,6 +59,15 @@ def test_unnormalized(kind, dtype):
     check(make(batch=1, kind=kind, dtype=dtype), normalized=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("gamma", [4.0, 3000.0])
+def test_gradients_of_lse_where_unnormalized_sums_are_next_to_nothing(gamma, dtype):
+    """lse is -50 or -10000 there, and what it was rounded by is a part of every weight."""
+    tensors = make(batch=1, queries=30, kind="g", dtype=dtype)
+    tensors["gamma"] = torch.tensor([gamma, gamma / 4])
+    check(tensors, normalized=False)
+
+
 @pytest.mark.parametrize("spread, origin", [(1.0, 1000.0), (1.0, 6.0), (0.2, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_far_from_the_origin(dtype, spread, origin):

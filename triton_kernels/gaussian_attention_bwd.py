@@ -141,8 +141,8 @@ def queries_kernel(
     if NORMALIZED:
         result = load_tile(out + row * BLOCK_V, BLOCK_V, i, e, there)
         delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1) - incoming
-    else:  # as it stands, but for rows so small that exp(-lse) is infinite
-        exponent = tl.where(exponent < -120.0, exponent, 0.0)
+    else:  # as it stands, but for rows so small that next to gradients of lse those of the output are nothing
+        exponent = tl.where(exponent < -24.0, exponent, 0.0)
         a = tl.exp2(exponent)
         delta = -incoming * tl.exp2(exponent - log_sum * LOG2E)
     delta = tl.where(dead, 0.0, delta)
@@ -196,10 +196,15 @@ def queries_kernel(
         delta += wrong
     if not MEND:
         wrong = nothing
+    unit = a
+    if not NORMALIZED:
+        # Of a row that small, lse has lost what it was rounded by: its gradients are those of weights that add up to
+        # one.
+        unit = tl.where((a < 1.0) & (delta != 0.0), 1.0 / tl.where(dead, 1.0, p_sum), 1.0)
+        delta *= unit
     tl.store(for_keys[0] + row + i, shift, mask=there)
     tl.store(for_keys[1] + row + i, delta, mask=there)
     tl.store(for_keys[2] + row + i, a, mask=there)
-    unit = a if NORMALIZED else nothing + 1.0
     if gain is not None:
         acc /= gain
     if gamma is not None:

@@ -111,8 +111,9 @@ def gaussian_attention(
     logits and sums are float32 (float64 for float64). Values of tensors on a GPU are not checked.
 
     Distances are those of q and k less the mean of the keys that are no padding: far from the origin they keep their
-    digits, but a key far from all others costs the rest theirs (1e4 away about 1e-2 of the logits), also where attn_mask
-    or causal order hide it. As in ``scaled_dot_product_attention``, these hide no NaN; key_padding_mask does both.
+    digits, but a key far from all others costs the rest theirs (one of 64 keys, 1e4 away: outputs are wrong by 1e-2),
+    also where attn_mask or causal order hide it. As in ``scaled_dot_product_attention``, an attn_mask hides no NaN;
+    key_padding_mask does both.
 
     Keys that a window certainly leaves no more than 3e-10 of a query's weights, all together, are passed over (1e-20 in
     float64), so that time with a narrow window grows like L; an added attn_mask, and on a GPU any, prevents that.

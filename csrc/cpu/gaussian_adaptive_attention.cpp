@@ -16,13 +16,16 @@ namespace {
 
 // Groups of slices are handed out in this many portions at most: a sum over slices is made of their sums, in their
 // order, and does not depend on the number of threads. Where they are few, so are the heads handed out.
-constexpr int64_t kMostPortions = 512, kFewPortions = 32;
+constexpr int64_t kMostPortions = 512, kFewPortions = 32, kMostNeighbours = 64;
 
 template <class E, bool kRows>
 class Portions {
  public:
   Portions(const AttentionShape& p, const Cutting<E, kRows>& cutting) : heads_(p.heads), groups_(cutting.groups()) {
     each_ = std::max<int64_t>(1, (groups_ + kMostPortions - 1) / kMostPortions);
+    // Strips of columns side by side share the pages of memory that a head lies in.
+    const int64_t neighbours = kRows ? 1 : std::min(cutting.strips(), kMostNeighbours);
+    if (groups_ / neighbours * heads_ >= kFewPortions) each_ = std::max(each_, neighbours);
     count_ = (groups_ + each_ - 1) / each_;
     together_ = count_ >= kFewPortions;
   }
@@ -34,8 +37,15 @@ class Portions {
   void each(int64_t task, Body&& body) const {
     const int64_t portion = together_ ? task : task / heads_;
     const int64_t first = together_ ? 0 : task % heads_, last = together_ ? heads_ : first + 1;
-    for (int64_t g = portion * each_; g < std::min(groups_, (portion + 1) * each_); ++g) {
-      for (int64_t head = first; head < last; ++head) body(g, head, portion);
+    const int64_t begin = portion * each_, end = std::min(groups_, begin + each_);
+    if (kRows) {
+      for (int64_t g = begin; g < end; ++g) {
+        for (int64_t head = first; head < last; ++head) body(g, head, portion);
+      }
+    } else {
+      for (int64_t head = first; head < last; ++head) {
+        for (int64_t g = begin; g < end; ++g) body(g, head, portion);
+      }
     }
   }
 

@@ -168,6 +168,9 @@ class Cutting {
 
   int64_t groups() const { return kRows ? fours_ + p_.slices() - kWide * fours_ : p_.outer * strips_; }
 
+  // Groups side by side in memory.
+  int64_t strips() const { return std::max<int64_t>(strips_, 1); }
+
   // Slices of a group, and where the first of their numbers stands in (outer, inner).
   int64_t first_slice(int64_t group) const {
     if (!kRows) return group / strips_ * p_.inner + group % strips_ * kWide * kLane;

@@ -5,7 +5,7 @@ from trifuse.ops.causal_conv1d_update import causal_conv1d_update
 from trifuse.ops.gaussian_adaptive_attention import gaussian_adaptive_attention
 from trifuse.ops.gaussian_attention import gaussian_attention
 from trifuse.ops.gaussian_gate import gaussian_gate
-from trifuse.ops.gmm_attention import gmm_attention_step
+from trifuse.ops.gmm_attention_step import gmm_attention_step
 from trifuse.ops.linear_scan import linear_scan
 from trifuse.ops.selective_scan import selective_scan
 from trifuse.ops.selective_state_update import selective_state_update

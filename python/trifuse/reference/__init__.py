@@ -4,7 +4,7 @@ from trifuse.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
 from trifuse.reference.gaussian_adaptive_attention import gaussian_adaptive_attention
 from trifuse.reference.gaussian_attention import gaussian_attention
 from trifuse.reference.gaussian_gate import gaussian_gate
-from trifuse.reference.gmm_attention import gmm_attention_step
+from trifuse.reference.gmm_attention_step import gmm_attention_step
 from trifuse.reference.linear_scan import linear_scan
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
 from trifuse.reference.ssd import ssd

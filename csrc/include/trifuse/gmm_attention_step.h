@@ -50,8 +50,8 @@ struct GmmAttentionBwdParams : GmmAttentionShape {
 
 namespace cpu {
 
-void gmm_attention_fwd(const GmmAttentionParams& p, const Threads& threads);
-void gmm_attention_bwd(const GmmAttentionBwdParams& p, const Threads& threads);
+void gmm_attention_step_fwd(const GmmAttentionParams& p, const Threads& threads);
+void gmm_attention_step_bwd(const GmmAttentionBwdParams& p, const Threads& threads);
 
 }  // namespace cpu
 }  // namespace trifuse

@@ -14,7 +14,7 @@ import triton.language as tl
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.common import power_of_2, wide
 
-__all__ = ["gmm_attention_bwd", "gmm_attention_fwd"]
+__all__ = ["gmm_attention_step_bwd", "gmm_attention_step_fwd"]
 
 TILE = 4096  # values in a tile
 PROGRAMS = 512  # what fills a large GPU; fewer sequences than that are cut into pieces
@@ -211,7 +211,7 @@ def _strides(x):
     return (0, 0) if x is None else x.stride()
 
 
-def gmm_attention_fwd(values, weight, delta, sigma, mean, key_padding_mask):
+def gmm_attention_step_fwd(values, weight, delta, sigma, mean, key_padding_mask):
     batch, length, width = values.shape
     components = weight.shape[1]
     context = values.new_empty((batch, width))
@@ -238,7 +238,7 @@ def gmm_attention_fwd(values, weight, delta, sigma, mean, key_padding_mask):
     return context, mean_new, alignment
 
 
-def gmm_attention_bwd(
+def gmm_attention_step_bwd(
     dcontext, dmean_new, dalignment, values, weight, delta, sigma, mean_new, alignment, key_padding_mask, values_grad
 ):
     batch, length, width = values.shape

@@ -1,5 +1,5 @@
 """gmm_attention_step's Triton kernels in Triton's interpreter, see test_triton_interpreter.py. The process must be its
-own: ``TRITON_INTERPRET=1 pytest tests/test_triton_interpreter_gmm_attention.py``."""
+own: ``TRITON_INTERPRET=1 pytest tests/test_triton_interpreter_gmm_attention_step.py``."""
 
 import os
 
@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs only with TRITON_INTERPRET=1 in the environment of its own process", allow_module_level=True)
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from trifuse.triton_kernels import gmm_attention as kernels
+from trifuse.triton_kernels import gmm_attention_step as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -89,7 +89,7 @@ def test_double_precision_is_refused_by_triton_with_a_reason():
 def test_wrong_shapes_are_refused_below_the_checks_too():
     call = arguments()
     mixture = [call[name] for name in ("weight", "delta", "sigma", "mean")]
-    fwd = torch.ops.trifuse.gmm_attention_fwd
+    fwd = torch.ops.trifuse.gmm_attention_step_fwd
     with pytest.raises(RuntimeError, match=r"parameters must be \(B, K\) in the accumulation dtype"):
         fwd(call["values"], *mixture[:3], zeros(2, 4), None)
     with pytest.raises(RuntimeError, match=r"parameters must be \(B, K\) in the accumulation dtype"):

@@ -11,7 +11,7 @@ from trifuse import reference
 from trifuse._library import values_are_known
 from trifuse.backends import Op
 from trifuse.ops import _checks as check
-from trifuse.registration import gmm_attention as kernels
+from trifuse.registration import gmm_attention_step as kernels
 
 __all__ = ["gmm_attention_step"]
 

@@ -1,7 +1,7 @@
 // The forward pass of gmm_attention_step: the alignment of a sequence, then its values summed with it.
 #pragma once
 
-#include "gmm_attention_bells.h"
+#include "gmm_attention_step_bells.h"
 #include "isa.h"
 
 namespace trifuse::cpu {

@@ -2,7 +2,7 @@
 // the positions of each Gaussian the gradients of its parameters.
 #pragma once
 
-#include "gmm_attention_fwd.h"
+#include "gmm_attention_step_fwd.h"
 #include "pages.h"
 
 namespace trifuse::cpu {

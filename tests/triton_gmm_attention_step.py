@@ -16,19 +16,19 @@ def tensors(dtype, batch=16, length=1000, width=512, components=10, masked=False
 
 
 def forward(dtype, **options):
-    from trifuse.triton_kernels.gmm_attention import gmm_attention_fwd
+    from trifuse.triton_kernels.gmm_attention_step import gmm_attention_step_fwd
 
-    gmm_attention_fwd(*tensors(dtype, **options))
+    gmm_attention_step_fwd(*tensors(dtype, **options))
 
 
 def backward(dtype, values_grad=True, outputs=(True, False, False), **options):
-    from trifuse.triton_kernels.gmm_attention import gmm_attention_bwd
+    from trifuse.triton_kernels.gmm_attention_step import gmm_attention_step_bwd
 
     values, weight, delta, sigma, mean, padding = tensors(dtype, **options)
     alignment = weight.new_empty(values.shape[:2])
     wanted = (values.new_empty((values.shape[0], values.shape[2])), torch.empty_like(mean), alignment)
     grads = [grad if there else None for grad, there in zip(wanted, outputs, strict=True)]
-    gmm_attention_bwd(*grads, values, weight, delta, sigma, mean, alignment, padding, values_grad)
+    gmm_attention_step_bwd(*grads, values, weight, delta, sigma, mean, alignment, padding, values_grad)
 
 
 def configurations(target):

@@ -2,7 +2,7 @@
 // arguments are in Python, in registration/ and ops/. GPUs are served by Triton: there is nothing to compile for them.
 #if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED)
 
-#include "trifuse/gmm_attention.h"
+#include "trifuse/gmm_attention_step.h"
 
 #include "common.h"
 
@@ -39,8 +39,8 @@ void fill(GmmAttentionShape& p, const Tensor& values, const Tensor& weight, cons
   p.padding_time = padding->stride(1);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gmm_attention_fwd(Tensor values, Tensor weight, Tensor delta, Tensor sigma,
-                                                     Tensor mean, OptionalTensor key_padding_mask) {
+std::tuple<Tensor, Tensor, Tensor> gmm_attention_step_fwd(Tensor values, Tensor weight, Tensor delta, Tensor sigma,
+                                                          Tensor mean, OptionalTensor key_padding_mask) {
   GmmAttentionParams p;
   fill(p, values, weight, delta, sigma, key_padding_mask);
   p.mean = mixture_view(mean, p);
@@ -50,11 +50,11 @@ std::tuple<Tensor, Tensor, Tensor> gmm_attention_fwd(Tensor values, Tensor weigh
   p.context = context.data_ptr();
   p.mean_new = mean_new.data_ptr();
   p.alignment = alignment.data_ptr();
-  cpu::gmm_attention_fwd(p, torch_threads());
+  cpu::gmm_attention_step_fwd(p, torch_threads());
   return {context, mean_new, alignment};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_attention_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_attention_step_bwd(
     OptionalTensor dcontext, OptionalTensor dmean_new, OptionalTensor dalignment, Tensor values, Tensor weight,
     Tensor delta, Tensor sigma, Tensor mean_new, Tensor alignment, OptionalTensor key_padding_mask, bool values_grad) {
   GmmAttentionBwdParams p;
@@ -76,13 +76,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_attention_bwd(
   p.ddelta = grads[1].data_ptr();
   p.dsigma = grads[2].data_ptr();
   p.dmean = grads[3].data_ptr();
-  cpu::gmm_attention_bwd(p, torch_threads());
+  cpu::gmm_attention_step_bwd(p, torch_threads());
   return {dvalues, grads[0], grads[1], grads[2], grads[3]};
 }
 
 TRIFUSE_IMPL(m) {
-  m.impl("gmm_attention_fwd", TORCH_BOX(&gmm_attention_fwd));
-  m.impl("gmm_attention_bwd", TORCH_BOX(&gmm_attention_bwd));
+  m.impl("gmm_attention_step_fwd", TORCH_BOX(&gmm_attention_step_fwd));
+  m.impl("gmm_attention_step_bwd", TORCH_BOX(&gmm_attention_step_bwd));
 }
 
 }  // namespace

@@ -54,15 +54,15 @@ def _backward(
     return dvalues if values_grad else None, *dmixture, None
 
 
-common.define("gmm_attention_fwd", _FWD, _fwd_fake)
-common.define("gmm_attention_bwd", _BWD, _bwd_fake)
+common.define("gmm_attention_step_fwd", _FWD, _fwd_fake)
+common.define("gmm_attention_step_bwd", _BWD, _bwd_fake)
 for _suffix in common.SUFFIXES:
-    fwd, bwd = f"gmm_attention_fwd{_suffix}", f"gmm_attention_bwd{_suffix}"
+    fwd, bwd = f"gmm_attention_step_fwd{_suffix}", f"gmm_attention_step_bwd{_suffix}"
     torch.library.register_autograd(
         f"trifuse::{fwd}", functools.partial(_backward, bwd), setup_context=_setup_context, lib=LIB
     )
     torch.library.register_autograd(f"trifuse::{bwd}", common.no_second_derivative("gmm_attention_step"), lib=LIB)
-common.implement_triton("gmm_attention", "gmm_attention_fwd", "gmm_attention_bwd")
+common.implement_triton("gmm_attention_step", "gmm_attention_step_fwd", "gmm_attention_step_bwd")
 
 
 def _cuda_refusals(call: Any) -> list[str]:
@@ -86,4 +86,4 @@ def step(backend: str, call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Run a checked call of ``gmm_attention_step`` on a native backend."""
     common.refuse_forward_mode("gmm_attention_step", call)
     ops = torch.ops.trifuse
-    return (ops.gmm_attention_fwd_triton if backend == "triton" else ops.gmm_attention_fwd)(*call)
+    return (ops.gmm_attention_step_fwd_triton if backend == "triton" else ops.gmm_attention_step_fwd)(*call)

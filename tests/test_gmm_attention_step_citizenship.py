@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import trifuse
-from trifuse.ops.gmm_attention import STEP, prepare
+from trifuse.ops.gmm_attention_step import STEP, prepare
 
 BATCH, LENGTH, WIDTH, COMPONENTS = 2, 6, 5, 3
 NATIVE = [("cpu", "cpp"), ("cpu", "triton"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
@@ -48,7 +48,7 @@ def served(device, backend, **options):
 
 
 def op(part, backend):
-    return getattr(torch.ops.trifuse, f"gmm_attention_{part}" + ("_triton" if backend == "triton" else "")).default
+    return getattr(torch.ops.trifuse, f"gmm_attention_step_{part}" + ("_triton" if backend == "triton" else "")).default
 
 
 def gradients_of(made):
@@ -138,7 +138,7 @@ def test_a_step_is_exported():
 
     length = torch.export.Dim("length")
     program = torch.export.export(Step(), inputs(7), dynamic_shapes=({1: length}, None, None))
-    assert "trifuse.gmm_attention_fwd.default" in {str(node.target) for node in program.graph.nodes}
+    assert "trifuse.gmm_attention_step_fwd.default" in {str(node.target) for node in program.graph.nodes}
     longer = inputs(90)
     torch.testing.assert_close(program.module()(*longer), Step()(*longer))
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "dtypes.h"
-#include "trifuse/gmm_attention.h"
+#include "trifuse/gmm_attention_step.h"
 
 namespace trifuse::cpu {
 namespace {

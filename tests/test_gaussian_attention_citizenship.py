@@ -1,9 +1,10 @@
 """gaussian_attention behaves as torch's own ops do: opcheck, compile, export, autocast, fake tensors, checkpointing."""
 
+import citizenship
 import pytest
 import torch
+from citizenship import gradients_of
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import trifuse
 from trifuse.ops.gaussian_attention import ATTENTION, prepare
@@ -55,22 +56,11 @@ def arguments(device="cpu", kind="gcs", dtype=torch.float32, packed=False, maske
 
 
 def served(device, backend, **options):
-    """The arguments of a call; skips, with the reasons, where the backend cannot serve it on this machine."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{backend} on cuda: torch sees no CUDA device here")
-    made = arguments(device, **options)
-    reasons = ATTENTION.refusals[backend](prepare(**made))
-    if reasons:
-        pytest.skip(f"{backend} on {device}: " + "; ".join(reasons))
-    return made
+    return citizenship.served(ATTENTION, arguments, device, backend, **options)
 
 
 def op(part, backend):
-    return getattr(torch.ops.trifuse, f"gaussian_attention_{part}" + ("_triton" if backend == "triton" else "")).default
-
-
-def gradients_of(made):
-    return [value for value in made.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+    return citizenship.op("gaussian_attention", part, backend)
 
 
 def attend(made):
@@ -205,38 +195,17 @@ def test_only_what_requires_a_gradient_gets_one(device, backend):
 
 @native
 def test_checkpointing_gives_the_same_gradients(device, backend):
-    made = served(device, backend)
-    with trifuse.backend(backend):
-        found = torch.autograd.grad(loss(*checkpoint(attend, made, use_reentrant=False)), gradients_of(made))
-        expected = torch.autograd.grad(loss(*attend(made)), gradients_of(made))
-    for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got, wanted)
+    citizenship.checkpointing_gives_the_same_gradients(attend, loss, served(device, backend), backend)
 
 
 @native
 def test_a_second_derivative_is_refused_and_the_reference_has_it(device, backend):
-    made = served(device, backend)
-
-    def second():
-        grads = torch.autograd.grad(loss(*attend(made)), gradients_of(made), create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), gradients_of(made))
-
-    with (
-        trifuse.backend(backend),
-        pytest.raises(RuntimeError, match="gaussian_attention: a native kernel has no second"),
-    ):
-        second()
-    with trifuse.backend("reference"):
-        assert all(grad.isfinite().all() for grad in second())
+    citizenship.a_second_derivative_is_refused("gaussian_attention", attend, loss, served(device, backend), backend)
 
 
 @native
 def test_forward_mode_is_refused(device, backend):
-    made = served(device, backend)
-    with torch.autograd.forward_ad.dual_level():
-        made["q"] = torch.autograd.forward_ad.make_dual(made["q"].detach(), torch.ones_like(made["q"]))
-        with trifuse.backend(backend), pytest.raises(RuntimeError, match=r"gaussian_attention: .* no forward-mode"):
-            attend(made)
+    citizenship.forward_mode_is_refused("gaussian_attention", attend, served(device, backend), "q", backend)
 
 
 @native

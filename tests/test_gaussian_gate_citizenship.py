@@ -1,9 +1,10 @@
 """gaussian_gate behaves as torch's own ops do: opcheck, compile, export, autocast, fake tensors, checkpointing."""
 
+import citizenship
 import pytest
 import torch
+from citizenship import gradients_of
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import trifuse
 from trifuse.ops._slices import slices_along
@@ -45,22 +46,11 @@ def arguments(device="cpu", kind="feature", dtype=torch.float32, dim=1, masked=F
 
 
 def served(device, backend, **options):
-    """The arguments of a call; skips, with the reasons, where the backend cannot serve it on this machine."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{backend} on cuda: torch sees no CUDA device here")
-    made = arguments(device, **options)
-    reasons = GATE.refusals[backend](prepare(**made))
-    if reasons:
-        pytest.skip(f"{backend} on {device}: " + "; ".join(reasons))
-    return made
+    return citizenship.served(GATE, arguments, device, backend, **options)
 
 
 def op(part, backend):
-    return getattr(torch.ops.trifuse, f"gaussian_gate_{part}" + ("_triton" if backend == "triton" else "")).default
-
-
-def gradients_of(made):
-    return [value for value in made.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+    return citizenship.op("gaussian_gate", part, backend)
 
 
 def gate(made):
@@ -152,48 +142,22 @@ def test_a_gate_is_exported():
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "reference"), ("cpu", "cpp"), *NATIVE[2:]])
 def test_autocast_changes_nothing(device, backend):
-    made = served(device, backend)
-    with trifuse.backend(backend):
-        expected = gate(made)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            found = gate(made)
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    citizenship.autocast_changes_nothing(gate, served(device, backend), device, backend)
 
 
 @native
 def test_checkpointing_gives_the_same_gradients(device, backend):
-    made = served(device, backend)
-    with trifuse.backend(backend):
-        found = torch.autograd.grad(loss(checkpoint(gate, made, use_reentrant=False)), gradients_of(made))
-        expected = torch.autograd.grad(loss(gate(made)), gradients_of(made))
-    for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got, wanted)
+    citizenship.checkpointing_gives_the_same_gradients(gate, loss, served(device, backend), backend)
 
 
 @native
 def test_a_second_derivative_is_refused_and_the_reference_has_it(device, backend):
-    made = served(device, backend)
-
-    def second():
-        grads = torch.autograd.grad(loss(gate(made)), gradients_of(made), create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), gradients_of(made))
-
-    with trifuse.backend(backend), pytest.raises(RuntimeError, match="gaussian_gate: a native kernel has no second"):
-        second()
-    with trifuse.backend("reference"):
-        assert all(grad.isfinite().all() for grad in second())
+    citizenship.a_second_derivative_is_refused("gaussian_gate", gate, loss, served(device, backend), backend)
 
 
 @native
 def test_forward_mode_is_refused(device, backend):
-    made = served(device, backend)
-    with torch.autograd.forward_ad.dual_level():
-        made["x"] = torch.autograd.forward_ad.make_dual(made["x"].detach(), torch.ones_like(made["x"]))
-        with (
-            trifuse.backend(backend),
-            pytest.raises(RuntimeError, match=r"gaussian_gate: .* no forward-mode derivative"),
-        ):
-            gate(made)
+    citizenship.forward_mode_is_refused("gaussian_gate", gate, served(device, backend), "x", backend)
 
 
 @native

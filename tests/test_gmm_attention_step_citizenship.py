@@ -1,9 +1,10 @@
 """gmm_attention_step behaves as torch's own ops do: opcheck, compile, export, autocast, fake tensors, checkpointing."""
 
+import citizenship
 import pytest
 import torch
+from citizenship import gradients_of
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import trifuse
 from trifuse.ops.gmm_attention_step import STEP, prepare
@@ -37,22 +38,11 @@ def arguments(device="cpu", dtype=torch.float32, mixture_dtype=None, masked=Fals
 
 
 def served(device, backend, **options):
-    """The arguments of a call; skips, with the reasons, where the backend cannot serve it on this machine."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{backend} on cuda: torch sees no CUDA device here")
-    made = arguments(device, **options)
-    reasons = STEP.refusals[backend](prepare(**made))
-    if reasons:
-        pytest.skip(f"{backend} on {device}: " + "; ".join(reasons))
-    return made
+    return citizenship.served(STEP, arguments, device, backend, **options)
 
 
 def op(part, backend):
-    return getattr(torch.ops.trifuse, f"gmm_attention_step_{part}" + ("_triton" if backend == "triton" else "")).default
-
-
-def gradients_of(made):
-    return [value for value in made.values() if value.requires_grad]
+    return citizenship.op("gmm_attention_step", part, backend)
 
 
 def step(made):
@@ -145,46 +135,22 @@ def test_a_step_is_exported():
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "reference"), ("cpu", "cpp"), NATIVE[2]])
 def test_autocast_changes_nothing(device, backend):
-    made = served(device, backend)
-    with trifuse.backend(backend):
-        expected = step(made)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            found = step(made)
-    for got, wanted in zip(found, expected, strict=True):
-        assert got.dtype == torch.float32 and torch.equal(got, wanted)
+    citizenship.autocast_changes_nothing(step, served(device, backend), device, backend)
 
 
 @native
 def test_checkpointing_gives_the_same_gradients(device, backend):
-    made = served(device, backend)
-    with trifuse.backend(backend):
-        found = torch.autograd.grad(loss(*checkpoint(step, made, use_reentrant=False)), gradients_of(made))
-        expected = torch.autograd.grad(loss(*step(made)), gradients_of(made))
-    for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got, wanted)
+    citizenship.checkpointing_gives_the_same_gradients(step, loss, served(device, backend), backend)
 
 
 @native
 def test_a_second_derivative_is_refused_and_the_reference_has_it(device, backend):
-    made = served(device, backend)
-
-    def second():
-        grads = torch.autograd.grad(loss(*step(made)), gradients_of(made), create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), gradients_of(made))
-
-    with trifuse.backend(backend), pytest.raises(RuntimeError, match="gmm_attention_step: a native kernel has no sec"):
-        second()
-    with trifuse.backend("reference"):
-        assert all(grad.isfinite().all() for grad in second())
+    citizenship.a_second_derivative_is_refused("gmm_attention_step", step, loss, served(device, backend), backend)
 
 
 @native
 def test_forward_mode_is_refused(device, backend):
-    made = served(device, backend)
-    with torch.autograd.forward_ad.dual_level():
-        made["mean"] = torch.autograd.forward_ad.make_dual(made["mean"].detach(), torch.ones_like(made["mean"]))
-        with trifuse.backend(backend), pytest.raises(RuntimeError, match=r"gmm_attention_step: .* no forward-mode"):
-            step(made)
+    citizenship.forward_mode_is_refused("gmm_attention_step", step, served(device, backend), "mean", backend)
 
 
 @native

@@ -1,9 +1,10 @@
 """linear_scan behaves as torch's own ops do: opcheck, compile, export, autocast, fake tensors, checkpointing."""
 
+import citizenship
 import pytest
 import torch
+from citizenship import gradients_of
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import trifuse
 from trifuse.ops.linear_scan import SCAN, prepare
@@ -46,22 +47,11 @@ def arguments(device="cpu", layout="bdl", dtype=torch.float32, a_dtype=None, pac
 
 
 def served(device, backend, **options):
-    """The arguments of a call; skips, with the reasons, where the backend cannot serve it on this machine."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{backend} on cuda: torch sees no CUDA device here")
-    made = arguments(device, **options)
-    reasons = SCAN.refusals[backend](prepare(**made))
-    if reasons:
-        pytest.skip(f"{backend} on {device}: " + "; ".join(reasons))
-    return made
+    return citizenship.served(SCAN, arguments, device, backend, **options)
 
 
 def op(part, backend):
-    return getattr(torch.ops.trifuse, f"linear_scan_{part}" + ("_triton" if backend == "triton" else "")).default
-
-
-def gradients_of(made):
-    return [value for value in made.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+    return citizenship.op("linear_scan", part, backend)
 
 
 def scan(made):
@@ -152,46 +142,22 @@ def test_a_scan_is_exported():
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "reference"), ("cpu", "cpp"), *NATIVE[2:]])
 def test_autocast_changes_nothing(device, backend):
-    made = served(device, backend)
-    with trifuse.backend(backend):
-        expected = scan(made)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            found = scan(made)
-    for got, wanted in zip(found, expected, strict=True):
-        assert got.dtype == torch.float32 and torch.equal(got, wanted)
+    citizenship.autocast_changes_nothing(scan, served(device, backend), device, backend)
 
 
 @native
 def test_checkpointing_gives_the_same_gradients(device, backend):
-    made = served(device, backend)
-    with trifuse.backend(backend):
-        found = torch.autograd.grad(loss(*checkpoint(scan, made, use_reentrant=False)), gradients_of(made))
-        expected = torch.autograd.grad(loss(*scan(made)), gradients_of(made))
-    for got, wanted in zip(found, expected, strict=True):
-        assert torch.equal(got, wanted)
+    citizenship.checkpointing_gives_the_same_gradients(scan, loss, served(device, backend), backend)
 
 
 @native
 def test_a_second_derivative_is_refused_and_the_reference_has_it(device, backend):
-    made = served(device, backend)
-
-    def second():
-        grads = torch.autograd.grad(loss(*scan(made)), gradients_of(made), create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), gradients_of(made))
-
-    with trifuse.backend(backend), pytest.raises(RuntimeError, match="linear_scan: a native kernel has no second"):
-        second()
-    with trifuse.backend("reference"):
-        assert all(grad.isfinite().all() for grad in second())
+    citizenship.a_second_derivative_is_refused("linear_scan", scan, loss, served(device, backend), backend)
 
 
 @native
 def test_forward_mode_is_refused(device, backend):
-    made = served(device, backend)
-    with torch.autograd.forward_ad.dual_level():
-        made["b"] = torch.autograd.forward_ad.make_dual(made["b"].detach(), torch.ones_like(made["b"]))
-        with trifuse.backend(backend), pytest.raises(RuntimeError, match=r"linear_scan: .* no forward-mode derivative"):
-            scan(made)
+    citizenship.forward_mode_is_refused("linear_scan", scan, served(device, backend), "b", backend)
 
 
 @native

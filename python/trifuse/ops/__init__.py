@@ -7,6 +7,7 @@ from trifuse.ops.gaussian_attention import gaussian_attention
 from trifuse.ops.gaussian_gate import gaussian_gate
 from trifuse.ops.gmm_attention_step import gmm_attention_step
 from trifuse.ops.linear_scan import linear_scan
+from trifuse.ops.lora_linear import lora_linear
 from trifuse.ops.selective_scan import selective_scan
 from trifuse.ops.selective_state_update import selective_state_update
 from trifuse.ops.ssd import ssd
@@ -19,6 +20,7 @@ __all__ = [
     "gaussian_gate",
     "gmm_attention_step",
     "linear_scan",
+    "lora_linear",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -171,3 +171,30 @@ def number(op: str, name: str, value: object, *, least: float = 0.0) -> float:
     if not least < value < float("inf"):
         raise ValueError(f"{op}: {name} is {value}; it must be above {least:g} and finite")
     return float(value)
+
+
+def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments of a linear layer, cast as ``torch.nn.functional.linear`` casts them under autocast."""
+    tensors(op, x=x, weight=weight)
+    tensors(op, optional=True, bias=bias)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape (); it must be (..., K)")
+    rank(op, "weight", weight, 2, "(N, K)")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}; its last size must be the weight's, K = {weight.shape[1]}"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        to = torch.get_autocast_dtype(device)
+        x, weight, bias = (
+            one.to(to) if one is not None and one.is_floating_point() and one.dtype != torch.float64 else one
+            for one in (x, weight, bias)
+        )
+    dtype(op, "x", x, SEQUENCE_DTYPES)
+    same_dtype(op, "weight", weight, "x", x)
+    same_device(op, x, weight=weight, bias=bias)
+    if bias is not None:
+        shape(op, "bias", bias, (weight.shape[0],), "(N,)")
+        same_dtype(op, "bias", bias, "x", x)
+    return x, weight, bias

@@ -6,6 +6,7 @@ from trifuse.reference.gaussian_attention import gaussian_attention
 from trifuse.reference.gaussian_gate import gaussian_gate
 from trifuse.reference.gmm_attention_step import gmm_attention_step
 from trifuse.reference.linear_scan import linear_scan
+from trifuse.reference.lora_linear import lora_dropout_mask, lora_linear, lora_linear_multi
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
 from trifuse.reference.ssd import ssd
 
@@ -17,6 +18,9 @@ __all__ = [
     "gaussian_gate",
     "gmm_attention_step",
     "linear_scan",
+    "lora_dropout_mask",
+    "lora_linear",
+    "lora_linear_multi",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -1,0 +1,128 @@
+"""The torch ops behind ``lora_linear``: schemas, fake kernels, autograd, and who can serve what."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trifuse._library import LIB
+from trifuse.backends import Op
+from trifuse.registration import common
+
+_FWD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scale, Tensor? p, SymInt active_rank,"
+    " bool frozen, float dropout, Tensor? seed, bool merged, bool save) -> (Tensor y, Tensor S)"
+)
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, float scale, Tensor? p,"
+    " SymInt active_rank, bool frozen, float dropout, Tensor? seed, bool merged, bool[] needs)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB, Tensor dp)"
+)
+
+
+def _fwd_fake(x, weight, bias, lora_A, lora_B, scale, p, active_rank, frozen, dropout, seed, merged, save):
+    rows, acc = x.shape[0], common.accumulation_dtype(x)
+    return x.new_empty((rows, weight.shape[0])), x.new_empty((rows if save else 0, active_rank), dtype=acc)
+
+
+def _bwd_fake(
+    dy, x, weight, lora_A, lora_B, S, scale, p, active_rank, frozen, dropout, seed, merged, needs
+):  # fmt: skip
+    like = (x, weight, dy, lora_A, lora_B, S)
+    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, lora_A.shape[:1])
+    return tuple(
+        one.new_empty(shape if need else (0,)) for one, shape, need in zip(like, shapes, needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, lora_A, lora_B, scale, p, active_rank, frozen, dropout, seed, merged, _ = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], p, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.scale, ctx.active_rank, ctx.frozen, ctx.dropout, ctx.merged = scale, active_rank, frozen, dropout, merged
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+
+
+def _backward(bwd_name: str, ctx: Any, dy: Tensor | None, _: Any) -> tuple:
+    if dy is None:
+        return (None,) * 13
+    x, weight, lora_A, lora_B, S, p, seed = ctx.saved_tensors
+    asked = ctx.needs_input_grad
+    needs = [asked[0], asked[1], ctx.has_bias and asked[2], asked[3], asked[4], p is not None and asked[6]]
+    grads = getattr(torch.ops.trifuse, bwd_name)(
+        dy, x, weight, lora_A, lora_B, S, ctx.scale, p, ctx.active_rank, ctx.frozen, ctx.dropout, seed, ctx.merged,
+        needs,
+    )  # fmt: skip
+    dx, dweight, dbias, dA, dB, dp = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, dweight, dbias, dA, dB, None, dp, None, None, None, None, None, None
+
+
+common.define("lora_linear_fwd", _FWD, _fwd_fake)
+common.define("lora_linear_bwd", _BWD, _bwd_fake)
+for _suffix in common.SUFFIXES:
+    fwd, bwd = f"lora_linear_fwd{_suffix}", f"lora_linear_bwd{_suffix}"
+    torch.library.register_autograd(
+        f"trifuse::{fwd}", functools.partial(_backward, bwd), setup_context=_setup_context, lib=LIB
+    )
+    torch.library.register_autograd(f"trifuse::{bwd}", common.no_second_derivative("lora_linear"), lib=LIB)
+common.implement_triton("lora_linear", "lora_linear_fwd", "lora_linear_bwd")
+
+
+def _cuda_refusals(call: Any) -> list[str]:
+    reasons = common.cuda_refusals(call)
+    if call.x.dtype == torch.float64:
+        reasons.append("it computes in float32, and the inputs are float64")
+    return reasons
+
+
+def _triton_refusals(call: Any) -> list[str]:
+    reasons = common.triton_refusals(call, call.x)
+    if call.x.dtype == torch.float64:
+        reasons.append("it computes in float32, and the inputs are float64")
+    return reasons
+
+
+def register_backends(op: Op) -> None:
+    op.backend("cpp", common.cpp_refusals)
+    op.backend("cuda", _cuda_refusals)
+    op.backend("triton", _triton_refusals)
+
+
+# What the adapter's own passes cost on two AVX-512 cores, in seconds: a multiply-add of the factors, a number of W
+# that is merged. Only their ratio matters.
+_FACTOR = 1.0 / 60e9
+_MERGED = 1.0 / 1.5e9
+
+
+def merged_is_cheaper(rows: int, columns: int, out: int, rank: int, training: bool) -> bool:
+    """Whether ``x (W + s B A)ᵀ`` costs less than the factors, on a CPU. In training S is made in either form, and the
+    backward pass merges again."""
+    saved = rows * rank * (out if training else columns + out) * _FACTOR
+    if training:
+        saved += rows * rank * columns * _FACTOR
+    return saved > (2 if training else 1) * columns * out * (_MERGED + rank * _FACTOR)
+
+
+def linear(backend: str, call: Any) -> Tensor:
+    """Run a checked call of ``lora_linear`` on a native backend."""
+    common.refuse_forward_mode("lora_linear", call)
+    x = call.x.reshape(-1, call.x.shape[-1])
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    save = torch.is_grad_enabled() and any(
+        one is not None and one.requires_grad for one in (call.lora_A, call.lora_B, call.p)
+    )
+    merged = (
+        backend == "cpp" and call.seed is None and call.weight.dtype == common.accumulation_dtype(x)
+        and merged_is_cheaper(x.shape[0], *call.weight.shape[::-1], call.active_rank, save)
+    )  # fmt: skip
+    ops = torch.ops.trifuse
+    y, _ = (ops.lora_linear_fwd_triton if backend == "triton" else ops.lora_linear_fwd)(
+        x, call.weight, call.bias, call.lora_A, call.lora_B, call.scale, call.p, call.active_rank, call.frozen,
+        call.dropout, call.seed, merged, save,
+    )  # fmt: skip
+    return y.view(*call.x.shape[:-1], call.weight.shape[0])

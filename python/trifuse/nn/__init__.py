@@ -7,12 +7,14 @@ from trifuse.nn.gaussian_context import GaussianContext2d
 from trifuse.nn.gaussian_multihead import MultiheadGaussianAttention
 from trifuse.nn.gaussian_transformer import GaussianTransformerLayer
 from trifuse.nn.gmm_attention import MonotonicGMMAttention
+from trifuse.nn.lora import LoRALinear
 from trifuse.nn.lru import LRU
 from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
 from trifuse.nn.mamba2_simple import Mamba2Simple
 from trifuse.nn.mamba_lm import MambaLM, MambaLMConfig
 from trifuse.nn.mingru import MinGRU
+from trifuse.nn.nested_linear import NestedLinear
 from trifuse.nn.norm import RMSNormGated
 from trifuse.nn.qlstm import QLSTM
 from trifuse.nn.rglru import RGLRU
@@ -27,6 +29,7 @@ __all__ = [
     "GaussianContext2d",
     "GaussianTransformerLayer",
     "InferenceParams",
+    "LoRALinear",
     "Mamba",
     "Mamba2",
     "Mamba2Simple",
@@ -36,5 +39,6 @@ __all__ = [
     "MonotonicGMMAttention",
     "MultiHeadGaussianAdaptiveAttention",
     "MultiheadGaussianAttention",
+    "NestedLinear",
     "RMSNormGated",
 ]

@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (need not be there)")
     explain.add_argument("--layout", default="bdl", choices=("bdl", "bld"))
     explain.add_argument("--complex", action="store_true", help="complex A, or complex sequences")
-    explain.add_argument("--backend", choices=backends.NAMES, help="as with trifuse.backend(...) forced")
+    names = (*backends.NAMES, backends.COMPOSITE)
+    explain.add_argument("--backend", choices=names, help="as with trifuse.backend(...) forced")
     explain.set_defaults(run=_explain)
 
     report = commands.add_parser("report", help="validate every backend, time it beside its rivals, write it down")

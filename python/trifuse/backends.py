@@ -4,6 +4,9 @@ Every op registers its backends here by name. A backend states, for the inputs o
 reasons why it cannot serve them; an empty list means it can. CPU tensors try ``cpp`` and then
 ``reference``; CUDA tensors try ``cuda`` and ``triton`` in the order measured for the op, and then
 ``reference``. A backend that was asked for by name never falls back.
+
+An op whose arithmetic is matrix products alone has no kernel to choose: its one backend beside the
+reference is ``torch``, torch's own products (BLAS, cuBLAS) in an order of ours, on any device.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from typing import Any, ClassVar
 
 import torch
 
-__all__ = ["NAMES", "BackendUnavailable", "Choice", "Op", "backend", "explain", "forced_backend"]
+__all__ = ["COMPOSITE", "NAMES", "BackendUnavailable", "Choice", "Op", "backend", "explain", "forced_backend"]
 
 NAMES = ("reference", "cpp", "cuda", "triton")
+COMPOSITE = "torch"  # of the ops that are products of torch's own, and of no others
 LARGE_INPUT = 1 << 20  # elements from which a fallback to the reference is worth a log line
 
 _log = logging.getLogger("trifuse")
@@ -43,7 +47,7 @@ class BackendUnavailable(RuntimeError):
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in NAMES:
+    if name not in NAMES and name != COMPOSITE:
         raise ValueError(f"{source}: there is no backend {name!r}; choose one of {', '.join(NAMES)}")
     return name
 
@@ -53,7 +57,8 @@ def backend(name: str) -> Iterator[None]:
     """Force every op that this thread calls inside the ``with`` block onto one backend.
 
     Args:
-        name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
+        name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``; ``"torch"`` for ops that are products of
+            torch's own.
 
     Raises:
         ValueError: no backend has that name.
@@ -90,8 +95,8 @@ class Choice:
     def __str__(self) -> str:
         how = "forced" if self.forced else "first of " + ", ".join(self.order) + " that can"
         lines = [f"{self.op}({self.inputs})", f"  runs on: {self.chosen or 'nothing'} ({how})"]
-        for name in NAMES:
-            for reason in self.refusals.get(name, ()):
+        for name in self.refusals:
+            for reason in self.refusals[name]:
                 lines.append(f"  {name} cannot: {reason}")
         return "\n".join(lines)
 
@@ -102,7 +107,7 @@ class Op:
     Args:
         name: the public name of the op.
         prepare: turns the public arguments into the checked call that refusals and kernels take.
-        order: backend names to try, per device type.
+        order: backend names to try, per device type; under ``""`` for all other types, where it is not the reference.
     """
 
     registry: ClassVar[dict[str, Op]] = {}
@@ -118,8 +123,13 @@ class Op:
         """Register a backend with its list of reasons for not serving a call."""
         self.refusals[name] = refusals
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a backend of this op can be asked for by."""
+        return (*NAMES, COMPOSITE) if COMPOSITE in self.refusals else NAMES
+
     def candidates(self, device_type: str) -> tuple[str, ...]:
-        return self.order.get(device_type, ("reference",))
+        return self.order.get(device_type) or self.order.get("", ("reference",))
 
     def choose(self, call: Any, device_type: str, numel: int) -> str:
         """The name of the backend that serves `call`; raises BackendUnavailable."""
@@ -139,7 +149,7 @@ class Op:
     def explain(self, call: Any, device_type: str, inputs: str) -> Choice:
         forced = forced_backend()
         order = (forced,) if forced else self.candidates(device_type)
-        refusals = {name: self._reasons(name, call) for name in NAMES}
+        refusals = {name: self._reasons(name, call) for name in dict.fromkeys((*self.names, *order))}
         chosen = next((name for name in order if not refusals[name]), None)
         return Choice(self.name, inputs, chosen, forced is not None, order, refusals)
 
@@ -149,7 +159,7 @@ class Op:
         return self.refusals[name](call)
 
     def _refuse(self, name: str, reasons: list[str], call: Any, device_type: str) -> None:
-        others = [other for other in NAMES if other != name and not self._reasons(other, call)]
+        others = [other for other in self.names if other != name and not self._reasons(other, call)]
         raise BackendUnavailable(
             f"{self.name}: backend {name!r} was asked for and cannot serve this call: "
             + "; ".join(reasons)

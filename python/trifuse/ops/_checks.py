@@ -185,7 +185,7 @@ def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
             f"{op}: x has shape {tuple(x.shape)}; its last size must be the weight's, K = {weight.shape[1]}"
         )
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         to = torch.get_autocast_dtype(device)
         x, weight, bias = (
             one.to(to) if one is not None and one.is_floating_point() and one.dtype != torch.float64 else one

@@ -7,6 +7,7 @@ from trifuse.reference.gaussian_gate import gaussian_gate
 from trifuse.reference.gmm_attention_step import gmm_attention_step
 from trifuse.reference.linear_scan import linear_scan
 from trifuse.reference.lora_linear import lora_dropout_mask, lora_linear, lora_linear_multi
+from trifuse.reference.nested_linear import nested_cross_entropy, nested_linear
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
 from trifuse.reference.ssd import ssd
 
@@ -21,6 +22,8 @@ __all__ = [
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_multi",
+    "nested_cross_entropy",
+    "nested_linear",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -49,7 +49,7 @@ def backends_per_op() -> dict[str, dict[str, list[str]]]:
     out = {}
     for name, subject in sorted(OPS.items()):
         out[name] = {}
-        for backend in backends.NAMES:
+        for backend in backends.Op.registry[name].names:
             device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
             out[name][backend] = subject.refusals(backend, device)
     return out

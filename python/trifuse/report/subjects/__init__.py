@@ -14,6 +14,7 @@ from trifuse.report.subjects.gaussian_gate import GaussianGate
 from trifuse.report.subjects.gmm_attention_step import GMMAttentionStep
 from trifuse.report.subjects.linear_scan import LinearScan
 from trifuse.report.subjects.mamba_step import MambaStep
+from trifuse.report.subjects.nested_linear import NestedLinear
 from trifuse.report.subjects.selective_scan import SelectiveScan
 from trifuse.report.subjects.selective_state_update import SelectiveStateUpdate
 from trifuse.report.subjects.ssd import SSD
@@ -24,6 +25,7 @@ __all__ = ["OPS", "SUBJECTS"]
 _ROOMS = (
     TransformersModels(), GaussianAttention(), GaussianAdaptiveAttention(), SSD(), MambaStep(), LinearScan(),
     CausalConv1d(), SelectiveScan(), SelectiveStateUpdate(), CausalConv1dUpdate(), GaussianGate(), GMMAttentionStep(),
+    NestedLinear(),
 )  # fmt: skip
 SUBJECTS: dict[str, Subject] = {one.op: one for one in _ROOMS}
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trifuse.nn.block import is_plain, needs_grad
-from trifuse.nn.convolution import convolve
+from trifuse.nn.block import needs_grad, product_and_bias
+from trifuse.nn.convolution import convolve, has_taps, taps
 from trifuse.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, ssd
 
 __all__ = ["mamba", "mamba2", "zamba"]
@@ -40,10 +40,7 @@ def mamba(
     dt, B, C = self.x_proj(x).to(x.dtype).split(sizes, dim=-1)
     if hasattr(self, "dt_layernorm"):
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-    if is_plain(self.dt_proj, nn.Linear):
-        dt, dt_bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
-    else:
-        dt, dt_bias = self.dt_proj(dt).to(x.dtype), None
+    dt, dt_bias = product_and_bias(self.dt_proj, dt)
     A = -torch.exp(self.A_log.float())
     z, dt, B, C = (sequence.to(x.dtype) for sequence in (z, dt, B, C))
 
@@ -191,15 +188,15 @@ def _convolve(mixer: nn.Module, x: Tensor, cache: Any, seq_idx: Tensor | None) -
     if cache is not None:
         state = cache.get_conv_state(mixer.layer_idx, state_idx=0)
         one_token = state is not None and length == 1 and not cache.is_recording_past(mixer.layer_idx)
-        if one_token and is_plain(conv, nn.Conv1d) and not needs_grad(x, conv.weight, conv.bias):
+        if one_token and has_taps(conv) and not needs_grad(x, *conv.parameters()):
             activation = "silu" if silu else None
-            y = causal_conv1d_update(x[:, 0], state, conv.weight.squeeze(1), conv.bias, activation).unsqueeze(1)
+            y = causal_conv1d_update(x[:, 0], state, taps(conv), conv.bias, activation).unsqueeze(1)
             return y if silu else mixer.act(y)
         x = cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=width).transpose(1, 2)
     if silu:
         y = convolve(conv, width, x, seq_idx=seq_idx)
-    elif is_plain(conv, nn.Conv1d):
-        y = mixer.act(causal_conv1d(x, conv.weight.squeeze(1), conv.bias, seq_idx, layout="bld"))
+    elif has_taps(conv):
+        y = mixer.act(causal_conv1d(x, taps(conv), conv.bias, seq_idx, layout="bld"))
     elif seq_idx is None:
         y = mixer.act(conv(x.transpose(1, 2)).transpose(1, 2)[:, : x.shape[1]]).to(x.dtype)
     else:

@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from trifuse.nn.dora import DoRALinear
+from trifuse.nn.dylora import DyLoRAConv1d, DyLoRALinear
+from trifuse.nn.lora import LoRALinear
+from trifuse.nn.lora_conv1d import LoRAConv1d
+from trifuse.nn.multi_lora import MultiLoRALinear
 from trifuse.ops import _checks as check
 
 __all__ = ["InferenceParams", "cached_states", "check_input", "check_packing", "is_plain", "needs_grad",
-           "without_padding"]  # fmt: skip
+           "product_and_bias", "without_padding"]  # fmt: skip
+
+# Layers with an adapter of which it is known what calling them does; a class derived from one may do more.
+_MERGEABLE = (LoRALinear, DyLoRALinear, DoRALinear, LoRAConv1d, DyLoRAConv1d)
+_LINEAR = (LoRALinear, DyLoRALinear, DoRALinear, MultiLoRALinear)
 
 
 @dataclass
@@ -36,12 +45,25 @@ class InferenceParams:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does no more than its class does with its weight and bias."""
-    if type(module) is not kind or "forward" in module.__dict__ or _has_any_global_hook():
+    """Whether calling a module does no more than its class does with its weight and bias; a low-rank update may be
+    merged into the weight."""
+    if type(module) is not kind and not (type(module) in _MERGEABLE and module.acts_as(kind)):
+        return False
+    if "forward" in module.__dict__ or _has_any_global_hook():
         return False
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def product_and_bias(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``module(x)`` of a linear layer, and the bias that is still to be added: a kernel adds it in float32. What wraps
+    such a layer is called, and leaves none."""
+    if is_plain(module, nn.Linear):
+        return F.linear(x, module.weight), module.bias
+    if type(module) in _LINEAR and is_plain(module, type(module)):
+        return module.product(x), module.bias
+    return module(x).to(x.dtype), None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trifuse.nn.block import is_plain
+from trifuse.nn.dylora import DyLoRAConv1d
+from trifuse.nn.lora_conv1d import LoRAConv1d
 from trifuse.ops import causal_conv1d, causal_conv1d_update
 
-__all__ = ["convolve", "convolve_token", "is_fused"]
+__all__ = ["convolve", "convolve_token", "has_taps", "is_fused", "taps"]
 
 _FUSED_WIDTHS = range(2, 9)
 
@@ -27,7 +29,7 @@ def convolve(
 
     Args:
         module: an ``nn.Conv1d`` that pads by ``width - 1``, or whatever wraps one. A plain one is not called: the
-            fused kernel does the same with its weight and bias.
+            fused kernel does the same with its weight and bias; nor is one whose adapter changes the weight only.
         x: ``(B, L, D)``.
         state: ``(B, D, W)``, or ``(S, D, W)`` with `cu_seqlens`: the last inputs before x.
         seq_idx: ``(B, L)``, `cu_seqlens` ``(S + 1,)``: where the window stops, as in ``trifuse.causal_conv1d``.
@@ -37,10 +39,10 @@ def convolve(
     if not is_fused(module, width):
         y = _called(module, width, x, left, seq_idx, cu_seqlens, reverse)
     elif reverse:
-        y = _fused_reverse(x, module.weight.squeeze(1), module.bias, cu_seqlens)
+        y = _fused_reverse(x, taps(module), module.bias, cu_seqlens)
     else:
         y = causal_conv1d(
-            x, module.weight.squeeze(1), module.bias, seq_idx, left, activation="silu", cu_seqlens=cu_seqlens,
+            x, taps(module), module.bias, seq_idx, left, activation="silu", cu_seqlens=cu_seqlens,
             layout="bld",
         )  # fmt: skip
     if state is not None:
@@ -51,14 +53,25 @@ def convolve(
 def convolve_token(module: nn.Module, width: int, x: Tensor, state: Tensor) -> Tensor:
     """``convolve`` of one token x ``(B, D)`` of each text, where no gradient is asked for."""
     if is_fused(module, width):
-        return causal_conv1d_update(x, state, module.weight.squeeze(1), module.bias, "silu")
+        return causal_conv1d_update(x, state, taps(module), module.bias, "silu")
     return convolve(module, width, x.unsqueeze(1), state).squeeze(1)
+
+
+def has_taps(module: nn.Module) -> bool:
+    """Whether calling a module does no more than a convolution with ``taps(module)`` and its bias."""
+    kind = type(module) if type(module) in (LoRAConv1d, DyLoRAConv1d) else nn.Conv1d
+    return is_plain(module, kind)
+
+
+def taps(module: nn.Module) -> Tensor:
+    """``(D, W)``: the weight of a depthwise convolution, with the update of its adapter."""
+    return module.taps() if isinstance(module, LoRAConv1d) else module.weight.squeeze(1)
 
 
 def is_fused(module: nn.Module, width: int) -> bool:
     """Whether the fused kernel computes what the module does: some other convolution may have taken its place."""
     return (
-        is_plain(module, nn.Conv1d)
+        has_taps(module)
         and width in _FUSED_WIDTHS
         and module.weight.shape[1:] == (1, width)
         and (module.stride, module.dilation, module.padding, module.padding_mode) == ((1,), (1,), (width - 1,), "zeros")

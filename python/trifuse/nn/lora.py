@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trifuse import ops
-from trifuse.nn.low_rank import LowRank
+from trifuse.nn.low_rank import LowRank, take_over
 
 __all__ = ["LoRALinear"]
 
@@ -79,7 +79,7 @@ class LoRALinear(LowRank, nn.Linear):
         Raises:
             TypeError, ValueError: it is not a plain linear layer, or an option is wrong.
         """
-        layer = cls._take_over(linear, nn.Linear)
+        layer = take_over(cls, linear, nn.Linear)
         layer._add_linear_adapter(**{"rank": 8, "alpha": None, "dropout": 0.0, "scaling": "lora", **options})
         return layer
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from trifuse import ops
 
-__all__ = ["SCALINGS", "LowRank"]
+__all__ = ["SCALINGS", "LowRank", "adapter_dtype_beside", "check_options", "scale_of", "take_over"]
 
 SCALINGS = ("lora", "rslora")
 _NO_REPLACEMENT = "it must be a plain one, whose forward an adapter can take the place of"
@@ -35,6 +35,7 @@ class LowRank(nn.Module):
     lora_A: Tensor
     lora_B: Tensor
     weight: Tensor
+    has_adapter = True
     frozen = False  # whether only the last active rank is trained: of the layers with nested ranks
 
     # What a kind of layer says of itself.
@@ -42,6 +43,11 @@ class LowRank(nn.Module):
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as the ``(N, K)`` matrix that has the update."""
         return weight
+
+    def _factor_sizes(self) -> tuple[int, int]:
+        """How many rows ``lora_B`` has, and how many columns ``lora_A``."""
+        out, columns = self._matrix(self.weight).shape
+        return out, columns
 
     def _full_B(self) -> Tensor:
         """``lora_B`` with a row for each row of the matrix."""
@@ -54,28 +60,6 @@ class LowRank(nn.Module):
         with torch.no_grad():
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             self.lora_B.zero_()
-
-    # Making one.
-
-    @classmethod
-    def _take_over(cls, layer: nn.Module, kind: type[nn.Module]) -> Any:
-        """A `cls` with the parameters, hooks and attributes of a plain layer, and as yet without an adapter."""
-        name, was = cls.__name__, type(layer).__name__
-        if isinstance(layer, LowRank):
-            raise ValueError(f"{name}: the layer is a {was}; it has an adapter already")
-        if not isinstance(layer, kind):
-            raise TypeError(f"{name}: the layer is a {was}; it must be a torch.nn.{kind.__name__}")
-        if type(layer).forward is not kind.forward or "forward" in layer.__dict__:
-            raise TypeError(f"{name}: the layer is a {was} with a forward of its own; {_NO_REPLACEMENT}")
-        weight = layer._parameters.get("weight")
-        if weight is None or parametrize.is_parametrized(layer) or nn.parameter.is_lazy(weight):
-            raise TypeError(f"{name}: the layer's weight is computed, or not made yet; {_NO_REPLACEMENT}")
-        if not weight.is_floating_point():
-            raise TypeError(f"{name}: the layer's weight is {weight.dtype}; it must be floating point")
-        new = cls.__new__(cls)
-        new.__dict__.update(layer.__dict__)
-        new._parameters, new._buffers = layer._parameters.copy(), layer._buffers.copy()
-        return new
 
     def _add_adapter(
         self,
@@ -93,15 +77,10 @@ class LowRank(nn.Module):
         self.rank, self.alpha = int(rank), float(rank if alpha is None else alpha)
         self.dropout, self.scaling = float(dropout), scaling
         self._merge, self._merge_options = None, {}
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = adapter_dtype or (torch.float32 if half else weight.dtype)
-        if dtype != weight.dtype and not (half and dtype == torch.float32):
-            also = " or torch.float32" if half else ""
-            raise TypeError(f"{name}: adapter_dtype is {dtype}; it must be {weight.dtype}{also}")
         self.nested_ranks = None if nested_ranks is None else nested(name, nested_ranks, self.rank)
         self._set_nested_scales()
-        out, columns = self._matrix(weight).shape
-        factory = {"device": weight.device, "dtype": dtype}
+        out, columns = self._factor_sizes()
+        factory = {"device": weight.device, "dtype": adapter_dtype_beside(name, weight, adapter_dtype)}
         self.lora_A = nn.Parameter(torch.empty(self.rank, columns, **factory))
         self.lora_B = nn.Parameter(torch.empty(out if rows is None else rows, self.rank, **factory))
         weight.requires_grad_(False)
@@ -213,6 +192,13 @@ class LowRank(nn.Module):
             RuntimeError: the layer is not merged.
             ValueError: the factors don't fit.
         """
+        self._check_swap(lora_A, lora_B, scale)
+        self._set_factors(lora_A, lora_B)
+        if scale is not None:
+            self.alpha = scale / scale_of(1.0, self.active_rank, self.scaling)
+        self._merged_again()
+
+    def _check_swap(self, lora_A: Tensor, lora_B: Tensor, scale: float | None) -> None:
         name = type(self).__name__
         if not self.merged:
             raise RuntimeError(f"{name}: swap on a layer that is not merged; merge() it first, or load the adapter")
@@ -225,10 +211,6 @@ class LowRank(nn.Module):
         check_options(name, rank, scale, self.dropout, self.scaling, alpha_name="scale")
         if self.nested_ranks is not None and (scale is not None or rank != self.rank):
             raise ValueError(f"{name}: the ranks {self.nested_ranks} are nested; an adapter of the same rank must come")
-        self._set_factors(lora_A, lora_B)
-        if scale is not None:
-            self.alpha = scale / scale_of(1.0, self.active_rank, self.scaling)
-        self._merged_again()
 
     def change_rank(self, rank: int) -> None:
         """Give the adapter another rank, merged or not; ``scale`` stays, and ``alpha`` follows.
@@ -327,6 +309,38 @@ class LowRank(nn.Module):
         if options is not None:
             self.merge(**options)
         return self
+
+
+def take_over(cls: type[nn.Module], layer: nn.Module, kind: type[nn.Module]) -> Any:
+    """A `cls` with the parameters, hooks and attributes of a plain layer, and as yet without an adapter."""
+    name, was = cls.__name__, type(layer).__name__
+    if getattr(layer, "has_adapter", False):
+        raise ValueError(f"{name}: the layer is a {was}; it has an adapter already")
+    if not isinstance(layer, kind):
+        raise TypeError(f"{name}: the layer is a {was}; it must be a torch.nn.{kind.__name__}")
+    if type(layer).forward is not kind.forward or "forward" in layer.__dict__:
+        raise TypeError(f"{name}: the layer is a {was} with a forward of its own; {_NO_REPLACEMENT}")
+    weight = layer._parameters.get("weight")
+    if weight is None or parametrize.is_parametrized(layer) or nn.parameter.is_lazy(weight):
+        raise TypeError(f"{name}: the layer's weight is computed, or not made yet; {_NO_REPLACEMENT}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{name}: the layer's weight is {weight.dtype}; it must be floating point")
+    new = cls.__new__(cls)
+    new.__dict__.update(layer.__dict__)
+    new._parameters, new._buffers, new._modules = (
+        own.copy() for own in (layer._parameters, layer._buffers, layer._modules)
+    )
+    return new
+
+
+def adapter_dtype_beside(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of an adapter, by default float32 beside half precision."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    dtype = dtype or (torch.float32 if half else weight.dtype)
+    if dtype != weight.dtype and not (half and dtype == torch.float32):
+        also = " or torch.float32" if half else ""
+        raise TypeError(f"{name}: adapter_dtype is {dtype}; it must be {weight.dtype}{also}")
+    return dtype
 
 
 def scale_of(alpha: float, rank: int, scaling: str) -> float:

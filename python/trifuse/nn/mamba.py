@@ -7,11 +7,10 @@ import numbers
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trifuse.nn import block
-from trifuse.nn.convolution import convolve, convolve_token, is_fused
+from trifuse.nn.convolution import convolve, convolve_token, is_fused, taps
 from trifuse.ops import _checks as check
 from trifuse.ops import selective_scan, selective_state_update
 from trifuse.ops.mamba_token import mamba_token
@@ -215,11 +214,12 @@ class Mamba(nn.Module):
         ):  # fmt: skip
             return None
         first, conv, second = in_proj._parameters, conv1d._parameters, x_proj._parameters
+        kernel = conv["weight"] if type(conv1d) is nn.Conv1d else taps(conv1d).unsqueeze(1)
         step, last, own = dt_proj._parameters, out_proj._parameters, self._parameters
         if second["bias"] is not None or own.get("A_log") is None or own.get("D") is None:
             return None
         return (
-            first["weight"], first["bias"], conv["weight"], conv["bias"], second["weight"], step["weight"],
+            first["weight"], first["bias"], kernel, conv["bias"], second["weight"], step["weight"],
             step["bias"], own["A_log"], own["D"], last["weight"], last["bias"],
         )  # fmt: skip
 
@@ -263,10 +263,8 @@ def _coefficients(
     """dt, B, C and the bias that is still to be added to dt."""
     projected = x_proj(x).to(x.dtype)
     dt, B, C = projected.split([projected.shape[-1] - 2 * d_state, d_state, d_state], dim=-1)
-    if block.is_plain(dt_proj, nn.Linear):  # the kernel adds the bias in float32
-        bias = dt_proj.bias
-        return F.linear(dt, dt_proj.weight), B, C, bias if bias is None else bias.to(_wide(x))
-    return dt_proj(dt).to(x.dtype), B, C, None
+    dt, bias = block.product_and_bias(dt_proj, dt)
+    return dt, B, C, bias if bias is None else bias.to(_wide(x))
 
 
 def _weights(x: Tensor, A_log: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,12 +149,12 @@ def importance_factor(
         first = next(model.parameters(), None)
         device = None if first is None else first.device
     batches = 0
-    with _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
             for mean in means.values():
                 mean.listen()
             for batch in _shown(loader, max_batches, progress):
-                batch = _moved(batch, device)
+                batch = moved(batch, device)
                 if forward is not None:
                     forward(model, batch)
                 elif isinstance(batch, Mapping):
@@ -270,7 +270,7 @@ def _find(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -280,13 +280,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _moved(batch: Any, device: torch.device | str | None) -> Any:
+def moved(batch: Any, device: torch.device | str | None) -> Any:
     if isinstance(batch, Tensor):
         return batch if device is None else batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
+        return {name: moved(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        return type(batch)(_moved(value, device) for value in batch)
+        return type(batch)(moved(value, device) for value in batch)
     return batch
 
 

@@ -103,7 +103,15 @@ class Hook(importlib.abc.MetaPathFinder):
             return
         own = mixer.forward
         self._forwards[mixer] = own
-        mixer.forward = functools.wraps(own)(lambda self, *args, **kwargs: forward(self, *args, **kwargs))
+
+        @functools.wraps(own)
+        def replaced(self, *args, **kwargs):
+            if "cache" in kwargs:  # as newer versions call it
+                kwargs["cache_params"] = kwargs.pop("cache")
+            return forward(self, *args, **kwargs)
+
+        replaced.calls_submodules = True
+        mixer.forward = replaced
 
 
 class _PatchingLoader(importlib.abc.Loader):
@@ -140,7 +148,8 @@ def _is_known_layout(mixer: type | None) -> bool:
     cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
     parameters = list(inspect.signature(mixer.forward).parameters)
     expected = ["self", "hidden_states", "cache_params", "attention_mask"]
-    return parameters[:4] == expected and hasattr(cache, "get_conv_state") and hasattr(cache, "is_recording_past")
+    parameters = ["cache_params" if name == "cache" else name for name in parameters[:4]]
+    return parameters == expected and hasattr(cache, "get_conv_state") and hasattr(cache, "is_recording_past")
 
 
 def _lookup_of(value: object) -> tuple[str, str, FunctionType] | None:

@@ -1,9 +1,10 @@
 """Drop-in ``torch.nn`` modules."""
 
+from trifuse.nn.apply_lora import apply_lora, lora_state_dict, mark_only_lora_as_trainable
 from trifuse.nn.bidirectional_mamba import BidirectionalMamba
 from trifuse.nn.block import InferenceParams
 from trifuse.nn.dora import DoRALinear
-from trifuse.nn.dylora import DyLoRAConv1d, DyLoRALinear
+from trifuse.nn.dylora import DyLoRAConv1d, DyLoRALinear, ranks, sample_rank, set_rank
 from trifuse.nn.gaussian import GaussianAdaptiveAttention, GaussianBlock, MultiHeadGaussianAdaptiveAttention
 from trifuse.nn.gaussian_context import GaussianContext2d
 from trifuse.nn.gaussian_multihead import MultiheadGaussianAttention
@@ -18,7 +19,7 @@ from trifuse.nn.mamba2 import Mamba2
 from trifuse.nn.mamba2_simple import Mamba2Simple
 from trifuse.nn.mamba_lm import MambaLM, MambaLMConfig
 from trifuse.nn.mingru import MinGRU
-from trifuse.nn.multi_lora import MultiLoRALinear
+from trifuse.nn.multi_lora import MultiLoRALinear, adapters
 from trifuse.nn.nested_linear import NestedLinear
 from trifuse.nn.norm import RMSNormGated
 from trifuse.nn.qlstm import QLSTM
@@ -52,4 +53,11 @@ __all__ = [
     "MultiheadGaussianAttention",
     "NestedLinear",
     "RMSNormGated",
+    "adapters",
+    "apply_lora",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "ranks",
+    "sample_rank",
+    "set_rank",
 ]

@@ -112,6 +112,9 @@ class DoRALinear(LoRALinear):
         self._restore(self.weight.detach())
         self._merge = self._merged_into(self.weight.detach(), {})
 
+    def _kept(self) -> Tensor:
+        return self._merge
+
     @torch.no_grad()
     def _restore(self, matrix: Tensor) -> None:
         matrix.copy_(self._merge)

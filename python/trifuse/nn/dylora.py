@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trifuse import ops
 from trifuse.nn.lora import LoRALinear
 from trifuse.nn.lora_conv1d import LoRAConv1d
 from trifuse.nn.low_rank import LowRank
@@ -87,9 +88,11 @@ class NestedRanks(LowRank):
             raise ValueError(f"{type(self).__name__}: rank is {rank!r}; it must be an int of at least 1")
         if rank == self.rank:
             return
-        active, kept = min(self._active, int(rank)), min(self.rank, int(rank))
-        with torch.no_grad():
-            self._resize(self.lora_A[:kept], self.lora_B[:, :kept], int(rank))
+        active, rank = min(self._active, int(rank)), int(rank)
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        if rank > self.rank:
+            A, B = ops.lora_change_rank(A, B, rank)
+        self._set_factors(A[:rank], B[:, :rank])
         self.set_rank(active)
 
     def _set_factors(self, A: Tensor, B: Tensor) -> None:

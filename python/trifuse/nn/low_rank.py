@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -36,6 +35,7 @@ class LowRank(nn.Module):
     lora_B: Tensor
     weight: Tensor
     has_adapter = True
+    tied_to: str | None = None  # which other module of its model has the same weight
     frozen = False  # whether only the last active rank is trained: of the layers with nested ranks
 
     # What a kind of layer says of itself.
@@ -138,10 +138,14 @@ class LowRank(nn.Module):
             rounding, seed: as in ``trifuse.lora_merge_``.
 
         Raises:
-            RuntimeError: it is merged already.
+            RuntimeError: it is merged already, or the weight is another module's too.
         """
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}: merge on a layer that is merged; unmerge() it first, or swap()")
+        if self.tied_to is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: merge on a weight that {self.tied_to!r} shares, which would change too"
+            )
         if rounding == "stochastic" and seed is None:
             seed = int(torch.randint(2**63 - 1, ()))  # known, so that the same bits can be made again
         options = {"rounding": rounding, "seed": seed}
@@ -167,19 +171,19 @@ class LowRank(nn.Module):
         """Merge other factors, or others' ranks, in place of those that are merged, in one pass."""
         with torch.no_grad():
             matrix = self._matrix(self.weight.detach())
-            self._merge = ops.lora_swap_(matrix, self._merge, *self._update(), **self._merge_options)
+            ops.lora_swap_(matrix, self._merge, *self._update(), **self._merge_options)
 
     def _restore(self, matrix: Tensor) -> None:
         with torch.no_grad():
             ops.lora_unmerge_(matrix, self._merge)
 
+    def _kept(self) -> Tensor:
+        """The matrix that was merged into, as it was."""
+        return self._merge.original
+
     def original_weight(self) -> Tensor:
-        """The weight without the update: the parameter's own memory, or a copy while it is merged."""
-        weight = self.weight.detach()
-        if self.merged:
-            weight = weight.clone()
-            self._restore(self._matrix(weight))
-        return weight
+        """The weight without the update: the parameter's own memory, or while it is merged that of the kept copy."""
+        return self._kept().view(self.weight.shape) if self.merged else self.weight.detach()
 
     def swap(self, lora_A: Tensor, lora_B: Tensor, scale: float | None = None) -> None:
         """Put another adapter in the place of the merged one, in one pass over the weight.
@@ -215,8 +219,9 @@ class LowRank(nn.Module):
     def change_rank(self, rank: int) -> None:
         """Give the adapter another rank, merged or not; ``scale`` stays, and ``alpha`` follows.
 
-        Downwards the update becomes the closest one of that rank (``trifuse.lora_truncate``), upwards it stays the same
-        and ``lora_B`` gets columns of zeros. ``lora_A`` and ``lora_B`` are new parameters: give them to the optimizer.
+        Downwards the update becomes the closest one of that rank (``trifuse.lora_truncate``), upwards it stays the
+        same, and ``lora_B`` gets columns of zeros. ``lora_A`` and ``lora_B`` are new parameters, for the optimizer to
+        be told.
 
         Args:
             rank: at least 1.
@@ -225,27 +230,14 @@ class LowRank(nn.Module):
         if rank == self.rank:
             return
         scale, rank = self.scale, int(rank)
-        with torch.no_grad():
-            A, B = self.lora_A, self.lora_B
-            if self.nested_ranks is not None:
-                B = (B * (self.factor() / scale)).to(B.dtype)
-            if rank < self.rank:
-                A, B = ops.lora_truncate(A, B, rank)
-            self._resize(A, B, rank)
+        # Of one factor for all ranks the scale stays outside, so that upwards every bit stays.
+        scales = {} if self.nested_ranks is None else {"scale": self.factor(), "new_scale": scale}
+        self._set_factors(*ops.lora_change_rank(self.lora_A.detach(), self.lora_B.detach(), rank, **scales))
         self.alpha = scale / scale_of(1.0, rank, self.scaling)
         self.nested_ranks = None
         self._set_nested_scales()
         if self.merged:
             self._merged_again()
-
-    def _resize(self, A: Tensor, B: Tensor, rank: int) -> None:
-        """Keep A and B as the factors, with new rows and columns of zeros up to a rank."""
-        more = rank - A.shape[0]
-        if more > 0:
-            drawn = A.new_empty(more, A.shape[1])
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-            A, B = torch.cat((A, drawn)), F.pad(B, (0, more))
-        self._set_factors(A, B)
 
     @torch.no_grad()
     def _set_factors(self, A: Tensor, B: Tensor) -> None:

@@ -26,9 +26,9 @@ struct LoraAdapter {
 };
 
 struct LoraParams {
-  int64_t rows = 0;  // M
-  int64_t in = 0;    // K
-  int64_t out = 0;   // N
+  int64_t rows = 0;                       // M
+  int64_t in = 0;                         // K
+  int64_t out = 0;                        // N
   DType dtype = DType::kFloat32;          // of x, bias, y, dy and dx
   DType adapter_dtype = DType::kFloat32;  // of A, B, dA and dB: dtype, or acc
   const void* x = nullptr;                // (rows, in)
@@ -55,7 +55,6 @@ struct LoraParams {
   int64_t n_adapters = 0;                 // CUDA takes one, with all rows
   int64_t max_rank = 0;                   // the largest rank of an adapter
 };
-
 
 namespace cpu {
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trifuse import reference
-from trifuse.backends import Op
+from trifuse import _library, reference
+from trifuse.backends import Op, forced_backend
 from trifuse.ops import _checks as check
+from trifuse.registration import common
 from trifuse.registration import lora_linear as kernels
 
 __all__ = ["lora_linear"]
@@ -92,6 +93,10 @@ def lora_linear(
     "DyLoRA", 2022 (arXiv 2210.07558); Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     2023 (arXiv 2312.03732).
     """
+    if not torch.is_grad_enabled() and not (training and dropout):
+        y = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank)
+        if y is not None:
+            return y
     call = prepare(
         x, weight, bias, lora_A, lora_B, scale, active_rank=active_rank, frozen=frozen, dropout=dropout, seed=seed,
         training=training,
@@ -106,6 +111,26 @@ def lora_linear(
     return reference.lora_linear(
         *call[:5], factor, active_rank=call.active_rank, frozen=call.frozen, dropout=call.dropout, seed=call.seed
     )
+
+
+_HAS_KERNEL = _library.missing("cpp") is None and _library.wrong_isa is None
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: object, active_rank: object
+) -> Tensor | None:
+    """The output for a few rows on a CPU in one call, which looks at its arguments itself; None where it takes them
+    not, or where they are wrong."""
+    if not _HAS_KERNEL or forced_backend() not in (None, "cpp") or torch.is_autocast_enabled("cpu"):
+        return None
+    if type(scale) not in (float, int) or not (active_rank is None or (type(active_rank) is int and active_rank > 0)):
+        return None
+    arguments = (x, weight, bias, lora_A, lora_B)
+    if not all(type(one) in _PLAIN for one in arguments) or x is None or not common.is_eager(arguments):
+        return None
+    y = torch.ops.trifuse.lora_linear_plain.default(*arguments, float(scale), active_rank or 0)
+    return y if y.numel() else None
 
 
 def prepare(

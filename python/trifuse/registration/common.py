@@ -16,7 +16,7 @@ from trifuse import _library
 from trifuse._library import LIB
 
 __all__ = [
-    "SCHEMAS", "accumulation_dtype", "cpp_refusals", "cuda_refusals", "define", "empty_sequence", "implement_triton",
+    "SCHEMAS", "accumulation_dtype", "call_eagerly", "eager_function", "is_eager", "cpp_refusals", "cuda_refusals", "define", "empty_sequence", "implement_triton",
     "interpreting", "needs_grad", "no_second_derivative", "refuse_forward_mode", "state_rows", "triton_refusals",
 ]  # fmt: skip
 
@@ -134,3 +134,54 @@ def no_second_derivative(op: str) -> Callable[..., tuple]:
         )
 
     return refuse
+
+
+def eager_function(name: str, setup_context: Callable[..., None], backward: Callable[..., tuple]) -> Callable[..., Any]:
+    """An op with the autograd formula that is registered for it, called without the ways of an op that anything may
+    trace: those cost more than a small layer. Where something does trace, it is the op itself."""
+    op = getattr(torch.ops.trifuse, name).default
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            return backward(ctx, *grads)
+
+    Eager.__name__ = Eager.__qualname__ = name
+
+    def call(*args: Any) -> Any:
+        if not is_eager(args):
+            return op(*args)
+        if needs_grad(args):
+            return Eager.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def call_eagerly(name: str, *args: Any) -> Any:
+    """An op without the ways of autograd, where no gradient is recorded and nothing looks on."""
+    op = getattr(torch.ops.trifuse, name).default
+    if torch.is_grad_enabled() or not is_eager(args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def is_eager(args: Any) -> bool:
+    """Whether plain tensors are computed on, with nothing that looks on."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return all(type(one) in _PLAIN for one in args if isinstance(one, Tensor))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,9 +34,7 @@ def _bwd_fake(
 ):  # fmt: skip
     like = (x, weight, dy, lora_A, lora_B, S)
     shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, lora_A.shape[:1])
-    return tuple(
-        one.new_empty(shape if need else (0,)) for one, shape, need in zip(like, shapes, needs, strict=True)
-    )
+    return tuple(one.new_empty(shape if need else (0,)) for one, shape, need in zip(like, shapes, needs, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -53,12 +52,19 @@ def _backward(bwd_name: str, ctx: Any, dy: Tensor | None, _: Any) -> tuple:
     x, weight, lora_A, lora_B, S, p, seed = ctx.saved_tensors
     asked = ctx.needs_input_grad
     needs = [asked[0], asked[1], ctx.has_bias and asked[2], asked[3], asked[4], p is not None and asked[6]]
-    grads = getattr(torch.ops.trifuse, bwd_name)(
-        dy, x, weight, lora_A, lora_B, S, ctx.scale, p, ctx.active_rank, ctx.frozen, ctx.dropout, seed, ctx.merged,
+    grads = common.call_eagerly(
+        bwd_name, dy, x, weight, lora_A, lora_B, S, ctx.scale, p, ctx.active_rank, ctx.frozen, ctx.dropout, seed, ctx.merged,
         needs,
     )  # fmt: skip
     dx, dweight, dbias, dA, dB, dp = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return dx, dweight, dbias, dA, dB, None, dp, None, None, None, None, None, None
+
+
+_PLAIN = "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scale, int active_rank) -> Tensor"
+
+
+def _plain_fake(x, weight, bias, lora_A, lora_B, scale, active_rank):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 common.define("lora_linear_fwd", _FWD, _fwd_fake)
@@ -69,6 +75,8 @@ for _suffix in common.SUFFIXES:
         f"trifuse::{fwd}", functools.partial(_backward, bwd), setup_context=_setup_context, lib=LIB
     )
     torch.library.register_autograd(f"trifuse::{bwd}", common.no_second_derivative("lora_linear"), lib=LIB)
+LIB.define("lora_linear_plain" + _PLAIN)
+torch.library.register_fake("trifuse::lora_linear_plain", _plain_fake, lib=LIB)
 common.implement_triton("lora_linear", "lora_linear_fwd", "lora_linear_bwd")
 
 
@@ -107,6 +115,12 @@ def merged_is_cheaper(rows: int, columns: int, out: int, rank: int, training: bo
     return saved > (2 if training else 1) * columns * out * (_MERGED + rank * _FACTOR)
 
 
+@functools.cache
+def _forward(name: str) -> Callable[..., Any]:
+    bwd_name = name.replace("fwd", "bwd")
+    return common.eager_function(name, _setup_context, functools.partial(_backward, bwd_name))
+
+
 def linear(backend: str, call: Any) -> Tensor:
     """Run a checked call of ``lora_linear`` on a native backend."""
     common.refuse_forward_mode("lora_linear", call)
@@ -120,8 +134,7 @@ def linear(backend: str, call: Any) -> Tensor:
         backend == "cpp" and call.seed is None and call.weight.dtype == common.accumulation_dtype(x)
         and merged_is_cheaper(x.shape[0], *call.weight.shape[::-1], call.active_rank, save)
     )  # fmt: skip
-    ops = torch.ops.trifuse
-    y, _ = (ops.lora_linear_fwd_triton if backend == "triton" else ops.lora_linear_fwd)(
+    y, _ = _forward("lora_linear_fwd_triton" if backend == "triton" else "lora_linear_fwd")(
         x, call.weight, call.bias, call.lora_A, call.lora_B, call.scale, call.p, call.active_rank, call.frozen,
         call.dropout, call.seed, merged, save,
     )  # fmt: skip

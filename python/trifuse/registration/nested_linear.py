@@ -19,10 +19,7 @@ from trifuse.registration import common
 __all__ = ["logits", "register_backends"]
 
 _FWD = "(Tensor x, Tensor weight, Tensor? bias, int[] widths) -> Tensor"
-_BWD = (
-    "(Tensor dout, Tensor x, Tensor weight, int[] widths, bool[] needs)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)"
-)
+_BWD = "(Tensor dout, Tensor x, Tensor weight, int[] widths, bool[] needs) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 
 
 def _pieces(widths: Sequence[int]) -> list[tuple[int, int]]:

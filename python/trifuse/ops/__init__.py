@@ -8,6 +8,7 @@ from trifuse.ops.gaussian_gate import gaussian_gate
 from trifuse.ops.gmm_attention_step import gmm_attention_step
 from trifuse.ops.linear_scan import linear_scan
 from trifuse.ops.lora_linear import lora_linear
+from trifuse.ops.lora_linear_multi import lora_linear_multi
 from trifuse.ops.nested_linear import nested_cross_entropy, nested_linear
 from trifuse.ops.selective_scan import selective_scan
 from trifuse.ops.selective_state_update import selective_state_update
@@ -22,6 +23,7 @@ __all__ = [
     "gmm_attention_step",
     "linear_scan",
     "lora_linear",
+    "lora_linear_multi",
     "nested_cross_entropy",
     "nested_linear",
     "selective_scan",

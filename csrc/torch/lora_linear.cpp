@@ -182,6 +182,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
   return {dx, dweight, dbias, dA, dB, dp};
 }
 
+// x A^T alone, and its gradient: what the norms of dora_linear are made of, with the weight as x.
+LoraParams down_params(const Tensor& x, const Tensor& lora_A, LoraAdapter& adapter) {
+  LoraParams p;
+  p.rows = x.size(0);
+  p.in = x.size(1);
+  p.dtype = dtype_of(x);
+  p.adapter_dtype = dtype_of(lora_A);
+  STD_TORCH_CHECK(lora_A.size(1) == p.in && lora_A.size(0) > 0, "lora_down: sizes do not fit");
+  p.x = x.data_ptr();
+  p.x_row = x.stride(0);
+  adapter.A = lora_A.data_ptr();
+  adapter.A_row = lora_A.stride(0);
+  adapter.rank = lora_A.size(0);
+  adapter.end = p.rows;
+  p.adapters = &adapter;
+  p.n_adapters = 1;
+  p.max_rank = adapter.rank;
+  return p;
+}
+
+Tensor lora_down(Tensor x, Tensor lora_A) {
+  LoraAdapter adapter;
+  LoraParams p = down_params(x, lora_A, adapter);
+  const Tensor S = empty({p.rows, adapter.rank}, accumulation_type(x), x);
+  set_matrix(p.S, p.S_row, S);
+  Kernels(x).down(p);
+  return S;
+}
+
+std::tuple<Tensor, Tensor> lora_down_bwd(Tensor dS, Tensor x, Tensor lora_A, bool x_grad, bool A_grad) {
+  LoraAdapter adapter;
+  LoraParams p = down_params(x, lora_A, adapter);
+  dS = torch::stable::contiguous(dS);
+  set_matrix(p.Z, p.Z_row, dS);
+  const Tensor dx = empty(x_grad ? std::vector<int64_t>{p.rows, p.in} : std::vector<int64_t>{0}, x.scalar_type(), x);
+  const Tensor dA =
+      empty(A_grad ? std::vector<int64_t>{adapter.rank, p.in} : std::vector<int64_t>{0}, lora_A.scalar_type(), x);
+  if (x_grad) set_matrix(p.dx, p.dx_row, dx);
+  if (A_grad) set_matrix(adapter.dA, adapter.dA_row, dA);
+  if (x_grad || A_grad) Kernels(x).backward_in(p);
+  return {dx, dA};
+}
+
 #if !defined(TRIFUSE_CUDA) && !defined(TRIFUSE_EMULATED)
 bool is_plain_matrix(const Tensor& t, int64_t rows, int64_t columns) {
   return t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous();
@@ -225,6 +268,8 @@ TRIFUSE_IMPL(m) {
 #endif
   m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd));
   m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd));
+  m.impl("lora_down", TORCH_BOX(&lora_down));
+  m.impl("lora_down_bwd", TORCH_BOX(&lora_down_bwd));
 }
 
 }  // namespace

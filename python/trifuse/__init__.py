@@ -14,6 +14,8 @@ from trifuse.nn import (
 from trifuse.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    dora_linear,
+    dora_norm,
     gaussian_adaptive_attention,
     gaussian_attention,
     gaussian_gate,
@@ -39,6 +41,8 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "dora_linear",
+    "dora_norm",
     "explain",
     "gaussian_adaptive_attention",
     "gaussian_attention",

@@ -2,6 +2,7 @@
 
 from trifuse.ops.causal_conv1d import causal_conv1d
 from trifuse.ops.causal_conv1d_update import causal_conv1d_update
+from trifuse.ops.dora_linear import dora_linear, dora_norm
 from trifuse.ops.gaussian_adaptive_attention import gaussian_adaptive_attention
 from trifuse.ops.gaussian_attention import gaussian_attention
 from trifuse.ops.gaussian_gate import gaussian_gate
@@ -17,6 +18,8 @@ from trifuse.ops.ssd import ssd
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "dora_linear",
+    "dora_norm",
     "gaussian_adaptive_attention",
     "gaussian_attention",
     "gaussian_gate",

@@ -146,9 +146,9 @@ def prepare(
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     training: bool = True,
+    op: str = "lora_linear",
 ) -> Call:
-    """Check the arguments of ``lora_linear`` and bring them to one form."""
-    op = "lora_linear"
+    """Check the arguments of ``lora_linear``, or of `op`, and bring them to one form."""
     x, weight, bias = check.linear(op, x, weight, bias)
     lora_A, lora_B = adapter(op, x, weight, lora_A, lora_B)
     rank = lora_A.shape[0]

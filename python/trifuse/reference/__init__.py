@@ -1,6 +1,7 @@
 """Plain PyTorch definitions of every op: readable, float64-clean, differentiable without limit."""
 
 from trifuse.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from trifuse.reference.dora_linear import dora_linear, dora_norm
 from trifuse.reference.gaussian_adaptive_attention import gaussian_adaptive_attention
 from trifuse.reference.gaussian_attention import gaussian_attention
 from trifuse.reference.gaussian_gate import gaussian_gate
@@ -14,6 +15,8 @@ from trifuse.reference.ssd import ssd
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "dora_linear",
+    "dora_norm",
     "gaussian_adaptive_attention",
     "gaussian_attention",
     "gaussian_gate",

@@ -16,8 +16,22 @@ from trifuse import _library
 from trifuse._library import LIB
 
 __all__ = [
-    "SCHEMAS", "accumulation_dtype", "call_eagerly", "eager_function", "is_eager", "cpp_refusals", "cuda_refusals", "define", "empty_sequence", "implement_triton",
-    "interpreting", "needs_grad", "no_second_derivative", "refuse_forward_mode", "state_rows", "triton_refusals",
+    "SCHEMAS",
+    "accumulation_dtype",
+    "call_eagerly",
+    "cpp_refusals",
+    "cuda_refusals",
+    "define",
+    "eager_function",
+    "empty_sequence",
+    "implement_triton",
+    "interpreting",
+    "is_eager",
+    "needs_grad",
+    "no_second_derivative",
+    "refuse_forward_mode",
+    "state_rows",
+    "triton_refusals",
 ]  # fmt: skip
 
 # The compiled op has a CPU and a CUDA kernel under one name; Triton's has its own, so that a

@@ -53,8 +53,8 @@ def _backward(bwd_name: str, ctx: Any, dy: Tensor | None, _: Any) -> tuple:
     asked = ctx.needs_input_grad
     needs = [asked[0], asked[1], ctx.has_bias and asked[2], asked[3], asked[4], p is not None and asked[6]]
     grads = common.call_eagerly(
-        bwd_name, dy, x, weight, lora_A, lora_B, S, ctx.scale, p, ctx.active_rank, ctx.frozen, ctx.dropout, seed, ctx.merged,
-        needs,
+        bwd_name, dy, x, weight, lora_A, lora_B, S, ctx.scale, p, ctx.active_rank, ctx.frozen, ctx.dropout, seed,
+        ctx.merged, needs,
     )  # fmt: skip
     dx, dweight, dbias, dA, dB, dp = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return dx, dweight, dbias, dA, dB, None, dp, None, None, None, None, None, None

@@ -7,7 +7,9 @@ from trifuse.reference.gaussian_gate import gaussian_gate
 from trifuse.reference.gmm_attention_step import gmm_attention_step
 from trifuse.reference.linear_scan import linear_scan
 from trifuse.reference.lora_linear import lora_dropout_mask, lora_linear, lora_linear_multi
+from trifuse.reference.lora_update import lora_update, round_stochastically
 from trifuse.reference.nested_linear import nested_cross_entropy, nested_linear
+from trifuse.reference.philox import philox_words
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
 from trifuse.reference.ssd import ssd
 
@@ -22,8 +24,11 @@ __all__ = [
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_multi",
+    "lora_update",
     "nested_cross_entropy",
     "nested_linear",
+    "philox_words",
+    "round_stochastically",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -12,6 +12,7 @@ from trifuse.nn import (
     set_rank,
 )
 from trifuse.ops import (
+    LoraMerge,
     causal_conv1d,
     causal_conv1d_update,
     gaussian_adaptive_attention,
@@ -19,7 +20,12 @@ from trifuse.ops import (
     gaussian_gate,
     gmm_attention_step,
     linear_scan,
+    lora_change_rank,
     lora_linear,
+    lora_merge_,
+    lora_swap_,
+    lora_truncate,
+    lora_unmerge_,
     nested_cross_entropy,
     nested_linear,
     selective_scan,
@@ -31,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "LoraMerge",
     "__version__",
     "adapters",
     "analysis",
@@ -44,8 +51,13 @@ __all__ = [
     "gaussian_gate",
     "gmm_attention_step",
     "linear_scan",
+    "lora_change_rank",
     "lora_linear",
+    "lora_merge_",
     "lora_state_dict",
+    "lora_swap_",
+    "lora_truncate",
+    "lora_unmerge_",
     "mark_only_lora_as_trainable",
     "nested_cross_entropy",
     "nested_linear",

@@ -1,6 +1,6 @@
 """High-performance kernels for sequence models, on every machine: C++ for CPUs, CUDA, and Triton."""
 
-from trifuse import analysis, nn, reference
+from trifuse import analysis, nn, optim, reference
 from trifuse.backends import BackendUnavailable, backend, explain
 from trifuse.nn import (
     adapters,
@@ -62,6 +62,7 @@ __all__ = [
     "nested_cross_entropy",
     "nested_linear",
     "nn",
+    "optim",
     "ranks",
     "reference",
     "sample_rank",

@@ -86,6 +86,7 @@ setup(
         "trifuse.integrations.published.mamba_ssm.utils",
         "trifuse.nn",
         "trifuse.ops",
+        "trifuse.optim",
         "trifuse.reference",
         "trifuse.registration",
         "trifuse.report",

@@ -1,6 +1,6 @@
 """High-performance kernels for sequence models, on every machine: C++ for CPUs, CUDA, and Triton."""
 
-from trifuse import analysis, nn, reference
+from trifuse import analysis, nn, optim, reference
 from trifuse.backends import BackendUnavailable, backend, explain
 from trifuse.nn import (
     adapters,
@@ -12,6 +12,7 @@ from trifuse.nn import (
     set_rank,
 )
 from trifuse.ops import (
+    LoraMerge,
     causal_conv1d,
     causal_conv1d_update,
     dora_linear,
@@ -21,8 +22,13 @@ from trifuse.ops import (
     gaussian_gate,
     gmm_attention_step,
     linear_scan,
+    lora_change_rank,
     lora_linear,
     lora_linear_multi,
+    lora_merge_,
+    lora_swap_,
+    lora_truncate,
+    lora_unmerge_,
     nested_cross_entropy,
     nested_linear,
     selective_scan,
@@ -34,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "LoraMerge",
     "__version__",
     "adapters",
     "analysis",
@@ -49,13 +56,19 @@ __all__ = [
     "gaussian_gate",
     "gmm_attention_step",
     "linear_scan",
+    "lora_change_rank",
     "lora_linear",
     "lora_linear_multi",
+    "lora_merge_",
     "lora_state_dict",
+    "lora_swap_",
+    "lora_truncate",
+    "lora_unmerge_",
     "mark_only_lora_as_trainable",
     "nested_cross_entropy",
     "nested_linear",
     "nn",
+    "optim",
     "ranks",
     "reference",
     "sample_rank",

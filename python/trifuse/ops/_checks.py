@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -198,3 +200,30 @@ def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
         shape(op, "bias", bias, (weight.shape[0],), "(N,)")
         same_dtype(op, "bias", bias, "x", x)
     return x, weight, bias
+
+
+def active_rank(op: str, active: object, rank: int) -> int:
+    """How many ranks of an adapter are in use: by default all."""
+    if active is None:
+        return rank
+    if isinstance(active, bool) or not isinstance(active, numbers.Integral):
+        raise TypeError(f"{op}: active_rank is {type(active).__name__}; it must be an int")
+    if not 1 <= active <= rank:
+        raise ValueError(f"{op}: active_rank is {active}; it must be 1 to the rank of lora_A, {rank}")
+    return int(active)
+
+
+def seed(op: str, value: object, like: Tensor) -> Tensor:
+    """A seed as an int64 tensor of one element on the device of `like`; None is drawn from torch's generator."""
+    if value is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            was = f"{dtype_name(value.dtype)} of shape {tuple(value.shape)}"
+            raise TypeError(f"{op}: seed is {was}; it must be a number or an int64 tensor of one element")
+        if value.device != like.device:
+            raise ValueError(f"{op}: seed is on {value.device}; it must be on {like.device}")
+        return value.reshape(1)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: seed is {type(value).__name__}; it must be a number or an int64 tensor of one element")
+    return torch.tensor([(int(value) + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=like.device)

@@ -7,8 +7,11 @@ from trifuse.reference.gaussian_attention import gaussian_attention
 from trifuse.reference.gaussian_gate import gaussian_gate
 from trifuse.reference.gmm_attention_step import gmm_attention_step
 from trifuse.reference.linear_scan import linear_scan
+from trifuse.reference.lora_adamw import lora_adamw
 from trifuse.reference.lora_linear import lora_dropout_mask, lora_linear, lora_linear_multi
+from trifuse.reference.lora_update import lora_update, round_stochastically
 from trifuse.reference.nested_linear import nested_cross_entropy, nested_linear
+from trifuse.reference.philox import philox_words
 from trifuse.reference.selective_scan import selective_scan, selective_state_update
 from trifuse.reference.ssd import ssd
 
@@ -22,11 +25,15 @@ __all__ = [
     "gaussian_gate",
     "gmm_attention_step",
     "linear_scan",
+    "lora_adamw",
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_multi",
+    "lora_update",
     "nested_cross_entropy",
     "nested_linear",
+    "philox_words",
+    "round_stochastically",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["lora_dropout_mask", "lora_linear", "lora_linear_multi"]
+from trifuse.reference.philox import philox_words
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
+__all__ = ["lora_dropout_mask", "lora_linear", "lora_linear_multi"]
 
 
 def lora_dropout_mask(seed: int | Tensor, rows: int, columns: int, rate: float, device=None) -> Tensor:
@@ -29,26 +27,7 @@ def lora_dropout_mask(seed: int | Tensor, rows: int, columns: int, rate: float, 
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
     """
-    if isinstance(seed, Tensor):
-        device = seed.device if device is None else device
-        seed = seed.reshape(()).to(device)
-    else:
-        seed = torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
-    row = torch.arange(rows, device=device)[:, None]
-    group = torch.arange((columns + 3) // 4, device=device)[None, :]
-    shape = (rows, group.shape[1])
-    words = [group.expand(shape), torch.zeros(shape, dtype=torch.int64, device=device)]
-    words += [(row & _LOW).expand(shape), (row >> 32).expand(shape)]
-    keys = [seed & _LOW, (seed >> 32) & _LOW]
-    for _ in range(10):
-        # The low 64 bits of a product of int64 are those of the unsigned product.
-        first, second = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
-        words = [
-            ((second >> 32) & _LOW) ^ words[1] ^ keys[0], second & _LOW,
-            ((first >> 32) & _LOW) ^ words[3] ^ keys[1], first & _LOW,
-        ]  # fmt: skip
-        keys = [(key + step) & _LOW for key, step in zip(keys, _WEYL, strict=True)]
-    word = torch.stack(words, dim=2).flatten(1)[:, :columns]
+    word = philox_words(seed, rows, columns, device)
     return word >= min(int(rate * 2**32 + 0.5), 2**32 - 1)
 
 

@@ -105,7 +105,8 @@ def next_token(model: nn.Module, ids: Tensor, place: int, step):
     """The output for the token of `ids` at `place`, with the cache of the output before."""
     cache = next(name for name in ("cache", "cache_params", "past_key_values") if step.get(name) is not None)
     # A hybrid model would count the positions in the cache of its first layer, which counts none.
-    positions = {} if model.config.model_type in ("mamba", "falcon_mamba", "mamba2") else {"position_ids": torch.tensor([[place]])}
+    hybrid = model.config.model_type not in ("mamba", "falcon_mamba", "mamba2")
+    positions = {"position_ids": torch.tensor([[place]])} if hybrid else {}
     return model(input_ids=ids[:, place : place + 1], use_cache=True, **{cache: step[cache]}, **positions)
 
 

@@ -165,7 +165,9 @@ def _targets(model: nn.Module, wanted: Any, excluded: Any, kind: str) -> list[_T
         for name in matches:
             owner, rows = parts.get(name, (name, None))
             module = modules[owner]
-            target = found.setdefault(id(module), _Target(module, _names_of(module, modules)))
+            target = found.setdefault(
+                id(module), _Target(module, [one for one in modules if one and modules[one] is module])
+            )
             target.whole |= rows is None
             target.rows.update(rows or ())
     if not found:
@@ -213,13 +215,6 @@ def _matching(wanted: str, names: list[str], modules: dict[str, nn.Module]) -> l
         for name in names
         if expression.fullmatch(name) and (name not in modules or isinstance(modules[name], _ADAPTABLE))
     ]
-
-
-def _names_of(module: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    names = [name for name, one in modules.items() if one is module and name]
-    if not names:
-        raise ValueError(f"{_NAME}: the model is itself a {type(module).__name__}; use from_linear and its like")
-    return names
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

@@ -15,7 +15,7 @@ from trifuse.nn.dora import DoRALinear
 from trifuse.nn.dylora import DyLoRAConv1d, DyLoRALinear
 from trifuse.nn.lora import LoRALinear
 from trifuse.nn.lora_conv1d import LoRAConv1d
-from trifuse.nn.multi_lora import MultiLoRALinear
+from trifuse.nn.multi_lora import MultiLoRALinear, packed_from
 from trifuse.ops import _checks as check
 
 __all__ = ["InferenceParams", "cached_states", "check_input", "check_packing", "is_plain", "needs_grad",
@@ -123,5 +123,6 @@ def without_padding(hidden_states: Tensor, mask: Tensor, mix: Callable[[Tensor, 
         return mix(hidden_states, None)
     rows, places = mask.nonzero(as_tuple=True)
     offsets = F.pad(mask.sum(1).cumsum(0), (1, 0))
-    packed = mix(hidden_states[rows, places].unsqueeze(0), offsets).squeeze(0)
+    with packed_from(rows, places):
+        packed = mix(hidden_states[rows, places].unsqueeze(0), offsets).squeeze(0)
     return packed.new_zeros(*mask.shape, packed.shape[1]).index_put((rows, places), packed)

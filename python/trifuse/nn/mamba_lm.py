@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trifuse.nn import checkpoints, generation
 from trifuse.nn.mamba import Mamba
 from trifuse.nn.mamba2 import Mamba2
+from trifuse.nn.multi_lora import packed_from
 from trifuse.ops import _checks as check
 
 __all__ = ["MambaLM", "MambaLMConfig"]
@@ -221,7 +222,9 @@ class MambaLM(nn.Module):
         keep = attention_mask != 0
         lengths = keep.sum(1)
         packed = F.pad(lengths.cumsum(0), (1, 0))
-        hidden = self.backbone(input_ids[keep].unsqueeze(0), inference_params=inference_params, cu_seqlens=packed)
+        origin = keep.nonzero(as_tuple=True)
+        with packed_from(*origin):
+            hidden = self.backbone(input_ids[keep].unsqueeze(0), inference_params=inference_params, cu_seqlens=packed)
         if num_last_tokens:
             # The j-th from the end of each row, where the row has so many.
             back = torch.arange(num_last_tokens, 0, -1, device=lengths.device)
@@ -229,7 +232,8 @@ class MambaLM(nn.Module):
             last = hidden[0, places.clamp(min=0)] if hidden.shape[1] else hidden.new_zeros(*here.shape, hidden.shape[2])
             logits = self.lm_head(last)
             return logits.masked_fill(~here.unsqueeze(-1), 0.0)
-        logits = self.lm_head(hidden[0])
+        with packed_from(*origin):
+            logits = self.lm_head(hidden[0])
         return logits.new_zeros(*keep.shape, logits.shape[-1]).masked_scatter(keep.unsqueeze(-1), logits)
 
     def _check(self, input_ids: Tensor, mask: Tensor | None, num_last_tokens: int, cu_seqlens: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
 import numbers
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from trifuse import ops
 from trifuse.nn.low_rank import adapter_dtype_beside, check_options, scale_of, take_over
 
-__all__ = ["Index", "MultiLoRALinear", "adapters"]
+__all__ = ["Index", "MultiLoRALinear", "adapters", "packed_from"]
+
+# Where the rows of a batch of one come from that a block made of texts without their padding: (text, position).
+_origin: contextvars.ContextVar[tuple[Tensor, Tensor] | None] = contextvars.ContextVar("origin", default=None)
 
 Index = int | str | Tensor | Sequence[int | str | None] | None
 
@@ -182,8 +186,10 @@ class MultiLoRALinear(nn.Linear):
         )  # fmt: skip
 
     def _per_row(self, index: Tensor, x: Tensor) -> Tensor:
-        rows = x.shape[:-1]
+        rows, origin = x.shape[:-1], _origin.get()
         index = index.to(x.device)
+        if origin is not None:
+            index = index[origin[: index.dim()]].view(rows)
         if index.shape != rows and index.dim() == 1 and rows and index.shape[0] == rows[0]:
             index = index.view(-1, *(1 for _ in rows[1:])).expand(rows)
         if index.shape != rows:
@@ -199,8 +205,19 @@ class MultiLoRALinear(nn.Linear):
 
 
 @contextlib.contextmanager
+def packed_from(texts: Tensor, positions: Tensor) -> Iterator[None]:
+    """Within it the rows of x are positions of texts, packed, and ``adapter_index`` is still that of the texts."""
+    token = _origin.set((texts, positions))
+    try:
+        yield
+    finally:
+        _origin.reset(token)
+
+
+@contextlib.contextmanager
 def adapters(model: nn.Module, index: Index) -> Iterator[None]:
-    """Within it every ``MultiLoRALinear`` of a model has this ``adapter_index``; afterwards its own again.
+    """Within it every ``MultiLoRALinear`` of a model has this ``adapter_index``; afterwards its own again. A backward
+    pass that computes layers once more (activation checkpointing) belongs inside, too.
 
     Args:
         model: whatever holds the layers.

@@ -103,10 +103,12 @@ def register_backends(op: Op) -> None:
 _scale = common.eager_function("dora_scale", _scale_setup, _scale_backward)
 
 
-@functools.cache
-def _down(name: str) -> Any:
-    bwd_name = name.replace("lora_down", "lora_down_bwd")
-    return common.eager_function(name, _down_setup, functools.partial(_down_backward, bwd_name))
+_DOWN = {  # made here: a class is nothing that torch.compile could trace
+    f"lora_down{suffix}": common.eager_function(
+        f"lora_down{suffix}", _down_setup, functools.partial(_down_backward, f"lora_down_bwd{suffix}")
+    )
+    for suffix in common.SUFFIXES
+}
 
 
 def scale(plain: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,4 +118,4 @@ def scale(plain: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
 
 def down(backend: str, x: Tensor, lora_A: Tensor) -> Tensor:
     """``x Aᵀ`` in the accumulation dtype, for A in that dtype or in the one of x."""
-    return _down("lora_down_triton" if backend == "triton" else "lora_down")(x, lora_A)
+    return _DOWN["lora_down_triton" if backend == "triton" else "lora_down"](x, lora_A)

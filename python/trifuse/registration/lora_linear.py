@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,10 +114,12 @@ def merged_is_cheaper(rows: int, columns: int, out: int, rank: int, training: bo
     return saved > (2 if training else 1) * columns * out * (_MERGED + rank * _FACTOR)
 
 
-@functools.cache
-def _forward(name: str) -> Callable[..., Any]:
-    bwd_name = name.replace("fwd", "bwd")
-    return common.eager_function(name, _setup_context, functools.partial(_backward, bwd_name))
+_FORWARD = {  # made here: a class is nothing that torch.compile could trace
+    f"lora_linear_fwd{suffix}": common.eager_function(
+        f"lora_linear_fwd{suffix}", _setup_context, functools.partial(_backward, f"lora_linear_bwd{suffix}")
+    )
+    for suffix in common.SUFFIXES
+}
 
 
 def linear(backend: str, call: Any) -> Tensor:
@@ -134,7 +135,7 @@ def linear(backend: str, call: Any) -> Tensor:
         backend == "cpp" and call.seed is None and call.weight.dtype == common.accumulation_dtype(x)
         and merged_is_cheaper(x.shape[0], *call.weight.shape[::-1], call.active_rank, save)
     )  # fmt: skip
-    y, _ = _forward("lora_linear_fwd_triton" if backend == "triton" else "lora_linear_fwd")(
+    y, _ = _FORWARD["lora_linear_fwd_triton" if backend == "triton" else "lora_linear_fwd"](
         x, call.weight, call.bias, call.lora_A, call.lora_B, call.scale, call.p, call.active_rank, call.frozen,
         call.dropout, call.seed, merged, save,
     )  # fmt: skip

@@ -186,7 +186,8 @@ class MultiLoRALinear(nn.Linear):
         )  # fmt: skip
 
     def _per_row(self, index: Tensor, x: Tensor) -> Tensor:
-        rows, origin = x.shape[:-1], _origin.get()
+        rows = x.shape[:-1]
+        origin = None if torch.compiler.is_compiling() else _origin.get()
         index = index.to(x.device)
         if origin is not None:
             index = index[origin[: index.dim()]].view(rows)

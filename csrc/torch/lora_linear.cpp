@@ -230,35 +230,37 @@ bool is_plain_matrix(const Tensor& t, int64_t rows, int64_t columns) {
   return t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous();
 }
 
-// The forward pass where no gradient is recorded, of arguments that nothing has looked at yet: beside the product of
-// one row every line of Python counts. Empty where they are not what this takes.
-Tensor lora_linear_plain(Tensor x, Tensor weight, OptionalTensor bias, Tensor lora_A, Tensor lora_B, double scale,
-                         int64_t active_rank) {
-  const auto refuse = [&] { return empty({0}, ScalarType::Float, x); };
-  const int64_t dims = x.dim(), limit = 32;  // above that many rows the merged form may be cheaper
+// The forward pass of arguments that nothing has looked at yet, x of any shape: beside the product of a small layer
+// every line of Python counts. Where they are not what this takes y is empty.
+std::tuple<Tensor, Tensor> lora_linear_plain(Tensor x, Tensor weight, OptionalTensor bias, Tensor lora_A, Tensor lora_B,
+                                             double scale, int64_t active_rank, double dropout, OptionalTensor seed,
+                                             bool merged, bool save) {
+  const auto refuse = [&] { return std::tuple<Tensor, Tensor>(empty({0}, ScalarType::Float, x), x); };
+  const int64_t dims = x.dim();
   if (!x.is_cpu() || dims < 1 || !x.is_contiguous() || weight.dim() != 2 || lora_A.dim() != 2) return refuse();
   const int64_t out = weight.size(0), in = weight.size(1), rank = lora_A.size(0);
   const ScalarType dtype = x.scalar_type(), adapter_dtype = lora_A.scalar_type();
   const bool known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
                      dtype == ScalarType::Double;
   const int64_t rows = in > 0 ? x.numel() / in : 0;
-  if (!known || x.size(dims - 1) != in || rows < 1 || rows > limit || out < 1 || active_rank < 0 ||
-      active_rank > rank || rank < 1 || weight.scalar_type() != dtype || lora_B.scalar_type() != adapter_dtype ||
+  if (!known || x.size(dims - 1) != in || rows < 1 || out < 1 || active_rank < 1 || active_rank > rank ||
+      weight.scalar_type() != dtype || lora_B.scalar_type() != adapter_dtype ||
       (adapter_dtype != dtype && adapter_dtype != accumulation_type(x)) || !is_plain_matrix(weight, out, in) ||
-      !is_plain_matrix(lora_A, rank, in) || !is_plain_matrix(lora_B, out, rank)) {
+      !is_plain_matrix(lora_A, rank, in) || !is_plain_matrix(lora_B, out, rank) ||
+      (merged && dtype != accumulation_type(x))) {
     return refuse();
   }
   if (bias && (!bias->is_cpu() || bias->dim() != 1 || bias->size(0) != out || bias->scalar_type() != dtype)) {
     return refuse();
   }
   const Tensor flat = dims == 2 ? x : torch::stable::view(x, std::vector<int64_t>{rows, in});
-  const Tensor y = std::get<0>(lora_linear_fwd(flat, weight, bias, lora_A, lora_B, scale, std::nullopt,
-                                               active_rank ? active_rank : rank, false, 0, std::nullopt, false, true));
-  if (dims == 2) return y;
+  const auto [y, S] = lora_linear_fwd(flat, weight, bias, lora_A, lora_B, scale, std::nullopt, active_rank, false,
+                                      dropout, seed, merged, save);
+  if (dims == 2) return {y, S};
   std::vector<int64_t> size;
   for (int64_t i = 0; i + 1 < dims; ++i) size.push_back(x.size(i));
   size.push_back(out);
-  return torch::stable::view(y, size);
+  return {torch::stable::view(y, size), S};
 }
 #endif
 

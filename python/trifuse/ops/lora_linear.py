@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from trifuse import _library, reference
 from trifuse.backends import Op, forced_backend
@@ -93,10 +94,9 @@ def lora_linear(
     "DyLoRA", 2022 (arXiv 2210.07558); Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     2023 (arXiv 2312.03732).
     """
-    if not torch.is_grad_enabled() and not (training and dropout):
-        y = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank)
-        if y is not None:
-            return y
+    y = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout if training else 0.0, seed)
+    if y is not None:
+        return y
     call = prepare(
         x, weight, bias, lora_A, lora_B, scale, active_rank=active_rank, frozen=frozen, dropout=dropout, seed=seed,
         training=training,
@@ -118,19 +118,29 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: object, active_rank: object
-) -> Tensor | None:
-    """The output for a few rows on a CPU in one call, which looks at its arguments itself; None where it takes them
-    not, or where they are wrong."""
-    if not _HAS_KERNEL or forced_backend() not in (None, "cpp") or torch.is_autocast_enabled("cpu"):
-        return None
-    if type(scale) not in (float, int) or not (active_rank is None or (type(active_rank) is int and active_rank > 0)):
-        return None
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: object, active_rank: object,
+    frozen: bool, dropout: object, seed: object,
+) -> Tensor | None:  # fmt: skip
+    """The output on a CPU in one call that looks at its arguments itself; None where it does not take them, or where
+    they are wrong: then the long way says so."""
     arguments = (x, weight, bias, lora_A, lora_B)
-    if not all(type(one) in _PLAIN for one in arguments) or x is None or not common.is_eager(arguments):
+    if not _HAS_KERNEL or not all(type(one) in _PLAIN for one in arguments) or torch.is_autocast_enabled("cpu"):
         return None
-    y = torch.ops.trifuse.lora_linear_plain.default(*arguments, float(scale), active_rank or 0)
-    return y if y.numel() else None
+    if x is None or weight is None or lora_A is None or lora_B is None or lora_A.dim() != 2 or weight.dim() != 2:
+        return None
+    if type(scale) not in (float, int) or type(dropout) not in (float, int) or not x.is_cpu:
+        return None
+    if active_rank is None:
+        active_rank = lora_A.shape[0]
+    if type(active_rank) is not int or not common.is_eager(()) or forced_backend() not in (None, "cpp"):
+        return None
+    if forward_ad._current_level >= 0:
+        return None
+    if dropout:
+        seed = dropout_seed("lora_linear", x, dropout, seed, True)
+    elif seed is not None:
+        return None
+    return kernels.plain(*arguments, float(scale), active_rank, frozen, float(dropout), seed)
 
 
 def prepare(

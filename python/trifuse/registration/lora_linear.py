@@ -59,11 +59,16 @@ def _backward(bwd_name: str, ctx: Any, dy: Tensor | None, _: Any) -> tuple:
     return dx, dweight, dbias, dA, dB, None, dp, None, None, None, None, None, None
 
 
-_PLAIN = "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scale, int active_rank) -> Tensor"
+_PLAIN = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scale, SymInt active_rank,"
+    " float dropout, Tensor? seed, bool merged, bool save) -> (Tensor y, Tensor S)"
+)
 
 
-def _plain_fake(x, weight, bias, lora_A, lora_B, scale, active_rank):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _plain_fake(x, weight, bias, lora_A, lora_B, scale, active_rank, dropout, seed, merged, save):
+    rows = x.numel() // max(x.shape[-1], 1) if save else 0
+    S = x.new_empty((rows, active_rank), dtype=common.accumulation_dtype(x))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), S
 
 
 common.define("lora_linear_fwd", _FWD, _fwd_fake)
@@ -120,6 +125,63 @@ _FORWARD = {  # made here: a class is nothing that torch.compile could trace
     )
     for suffix in common.SUFFIXES
 }
+
+
+class _RefusedError(Exception):
+    """The arguments are not what the plain way takes."""
+
+
+class _Plain(torch.autograd.Function):
+    """``lora_linear_plain`` with the gradients of ``lora_linear_bwd``."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout, seed, merged):
+        save = lora_A.requires_grad or lora_B.requires_grad
+        y, S = torch.ops.trifuse.lora_linear_plain.default(
+            x, weight, bias, lora_A, lora_B, scale, active_rank, dropout, seed, merged, save
+        )
+        if not y.numel():
+            raise _RefusedError
+        ctx.save_for_backward(x, weight, lora_A, lora_B, S, seed)
+        ctx.rest = scale, active_rank, frozen, dropout, merged, bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+        scale, active_rank, frozen, dropout, merged, has_bias = ctx.rest
+        asked = ctx.needs_input_grad
+        needs = [asked[0], asked[1], has_bias and asked[2], asked[3], asked[4], False]
+        shape = x.shape
+        if len(shape) != 2:
+            x, dy = x.view(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
+        grads = common.call_eagerly(
+            "lora_linear_bwd", dy, x, weight, lora_A, lora_B, S, scale, None, active_rank, frozen, dropout, seed,
+            merged, needs,
+        )  # fmt: skip
+        dx, dweight, dbias, dA, dB, _ = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        if dx is not None and len(shape) != 2:
+            dx = dx.view(shape)
+        return dx, dweight, dbias, dA, dB, None, None, None, None, None, None
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, active_rank: int,
+    frozen: bool, dropout: float, seed: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The output in one call, which looks at its arguments itself; None where it does not take them."""
+    tensors = (x, weight, bias, lora_A, lora_B)
+    save = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
+    rows = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
+    merged = rows > 64 and seed is None and x.dtype in (torch.float32, torch.float64)
+    merged = merged and merged_is_cheaper(rows, weight.shape[-1], weight.shape[0], active_rank, save)
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors):
+        try:
+            return _Plain.apply(*tensors, scale, active_rank, frozen, dropout, seed, merged)
+        except _RefusedError:
+            return None
+    y, _ = torch.ops.trifuse.lora_linear_plain.default(*tensors, scale, active_rank, dropout, seed, merged, False)
+    return y if y.numel() else None
 
 
 def linear(backend: str, call: Any) -> Tensor:

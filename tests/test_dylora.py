@@ -176,6 +176,24 @@ def test_it_learns_every_rank_at_once():
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.2 * losses[0]
 
 
+def test_frozen_ranks_keep_every_bit_through_an_optimizer_that_knows_them():
+    """AdamW with weight decay and momentum at drawn ranks moves the rank that is trained and no other."""
+    made, generator = linear(frozen=True), torch.Generator().manual_seed(0)
+    optimizer = trifuse.optim.LowRankAdamW(made.parameters(), lr=0.01, weight_decay=0.1)
+    moved = set()
+    for _ in range(50):
+        rank = made.sample_rank(generator=generator)
+        before = made.lora_A.detach().clone(), made.lora_B.detach().clone()
+        optimizer.zero_grad()
+        made(tokens()).square().mean().backward()
+        optimizer.step()
+        changed = (made.lora_A != before[0]).any(1), (made.lora_B != before[1]).any(0)
+        for rows in changed:
+            assert rows.nonzero().flatten().tolist() == [rank - 1]
+        moved.add(rank)
+    assert moved == {1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize("rank", [0, RANK + 1, -1, 1.5, True])
 def test_a_rank_outside_is_refused(rank):
     made = linear()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers_cases as cases
 from test_adapters import forward, make, packed, padded, pieces, step
 from test_transformers import installed
+from tolerance import compare, error
 from torch import nn
 
 import trifuse
@@ -188,6 +189,39 @@ def test_the_bias_of_an_adapted_dt_proj_is_added_in_float32():
     product, bias = product_and_bias(block.dt_proj, dt)
     assert bias is None
     hooked.remove()
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("block", TARGETS)
+def test_in_half_precision_the_adapters_stay_in_float32(block, half):
+    exact = noise(trifuse.apply_lora(make(block), "mamba-buffers", rank=3), seed=1)
+    base = copy.deepcopy(exact).float()
+    plain = make(block).float()
+    if half == "bfloat16":  # the numbers of the base are rounded in both
+        for one in (base, exact):
+            for name, parameter in one.named_parameters():
+                if "lora_" not in name:
+                    parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+        base = trifuse.apply_lora(plain.bfloat16(), "mamba-buffers", rank=3)
+        base.load_state_dict(exact.state_dict())
+    x, dtype = torch.randn(2, 9, 16, dtype=torch.float64), {"bfloat16": torch.bfloat16, "autocast": torch.float32}[half]
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast"):
+            return base(x.to(dtype))
+
+    out = run()
+    for layer in adapters_of(base):
+        layer.merge()
+    with torch.no_grad():  # plain layers with the sum of base and update as their weights
+        compare({"out": out}, {"out": exact(x)}, {"out": error(run(), exact(x))})
+    for layer in adapters_of(base):
+        layer.unmerge()
+    run().float().square().sum().backward()
+    for name, one in base.named_parameters():
+        if "lora_" in name:
+            assert one.dtype == one.grad.dtype == torch.float32
+            assert one.grad.abs().max() > 0 and torch.isfinite(one.grad).all(), name
 
 
 @pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])

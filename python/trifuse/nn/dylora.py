@@ -21,7 +21,7 @@ class NestedRanks(LowRank):
     """What a layer with nested ranks has beside ``LowRank``: an active rank b, with the scale of an adapter of rank b.
 
     For optimizers its factors say which ranks are trained: ``lora_A.active_rows`` and ``lora_B.active_rows`` are
-    ``(0, b)``, or ``(b - 1, b)`` in frozen mode: rows of ``lora_A``, columns of ``lora_B``.
+    ``(0, b)``, or ``(b - 1, b)`` in frozen mode: rows of ``lora_A`` (``rank_dim`` 0), columns of ``lora_B`` (1).
     """
 
     _active: int
@@ -103,8 +103,8 @@ class NestedRanks(LowRank):
 
     def _announce(self) -> None:
         rows = (self._active - 1 if self._frozen else 0, self._active)
-        for factor in (self.lora_A, self.lora_B):
-            factor.active_rows = rows
+        for rank_dim, factor in enumerate((self.lora_A, self.lora_B)):
+            factor.active_rows, factor.rank_dim = rows, rank_dim
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

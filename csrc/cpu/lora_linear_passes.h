@@ -19,11 +19,19 @@ struct Task {
   int64_t from, to;
 };
 
+constexpr int64_t kStep = 512;  // columns that a block of rows is taken through at a time
+
 inline int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Columns of a task: enough to sum along, few enough for their factors to stay in the first cache. A multiple of 64,
 // as dropout's words are.
 inline int64_t chunk_of(int64_t columns) { return std::max<int64_t>(256, rounded_up((columns + 15) / 16, 64)); }
+
+// Columns of a packed factor, one vector more than they need: rows a power of two apart would share a set of the cache.
+template <class T>
+constexpr int64_t spaced(int64_t columns) {
+  return padded<T>(columns) + kLanes<T>;
+}
 
 inline int64_t row_of(const LoraParams& p, int64_t i) { return p.order ? p.order[i] : i; }
 
@@ -32,10 +40,28 @@ T factor_of(const LoraAdapter& a, int64_t rank) {
   return T(a.scale) * (a.p ? static_cast<const T*>(a.p)[rank] : T(1));
 }
 
+// How a pass that sums over rows is cut. Many rows of one adapter are cut into groups, which read whole rows and have
+// sums of their own, added in order afterwards; else chunks of columns go through all rows.
+struct Cut {
+  int64_t groups = 1;
+  int64_t rows = 0;   // of a group
+  int64_t chunk = 0;  // columns of a task
+};
+inline Cut cut_of(const LoraParams& p, int64_t columns) {
+  Cut cut;
+  cut.chunk = chunk_of(columns);
+  cut.rows = p.rows;
+  const bool fits = p.max_rank * columns <= 65536;  // the packed factor and the sums stay in the second cache
+  if (p.n_adapters != 1 || p.rows < 8 * kBlockRows || !fits) return cut;
+  cut.rows = std::max<int64_t>(4 * kBlockRows, rounded_up((p.rows + 7) / 8, kBlockRows));
+  cut.groups = (p.rows + cut.rows - 1) / cut.rows;
+  cut.chunk = columns;
+  return cut;
+}
+
 // Chunks of columns of every adapter's rows.
-inline std::vector<Task> column_tasks(const LoraParams& p, int64_t columns, bool without_rank) {
+inline std::vector<Task> column_tasks(const LoraParams& p, int64_t columns, int64_t chunk, bool without_rank) {
   std::vector<Task> tasks;
-  const int64_t chunk = chunk_of(columns);
   for (int64_t a = 0; a < p.n_adapters; ++a) {
     const LoraAdapter& one = p.adapters[a];
     if (one.rank == 0 && (!without_rank || one.begin == one.end)) continue;
@@ -82,6 +108,16 @@ class Arena {
  private:
   char* next_;
 };
+
+// The tasks of a pass that is cut so.
+inline std::vector<Task> cut_tasks(const LoraParams& p, int64_t columns, const Cut& cut, bool without_rank) {
+  if (cut.groups == 1) return column_tasks(p, columns, cut.chunk, without_rank);
+  std::vector<Task> tasks;
+  for (int64_t m = 0; m < p.rows; m += cut.rows) {
+    tasks.push_back({p.adapters, m, std::min(m + cut.rows, p.rows), 0, columns});
+  }
+  return tasks;
+}
 
 template <class Body>
 void run(const Threads& threads, const std::vector<Task>& tasks, const Body& body) {
@@ -132,7 +168,7 @@ void down(const LoraParams& p, const Threads& threads) {
   const bool convert = !std::is_same_v<T, A>;
   run(threads, tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
-    const int64_t ranks = task.to - task.from, ld = padded<T>(p.in), words = (p.in + 63) / 64;
+    const int64_t ranks = task.to - task.from, ld = spaced<T>(p.in), words = (p.in + 63) / 64;
     constexpr int group = kDotRows<T>;
     Arena arena(memory, Scratch::bytes_of<T>(convert ? ranks * ld : 0) + Scratch::bytes_of<const T*>(ranks) +
                             Scratch::bytes_of<T>(p.seed ? group * ld : 0) + Scratch::bytes_of<uint64_t>(words));
@@ -175,10 +211,10 @@ void down(const LoraParams& p, const Threads& threads) {
 // S, B, bias -> y.
 template <class T, class S, class B>
 void up(const LoraParams& p, const Threads& threads) {
-  const std::vector<Task> tasks = column_tasks(p, p.out, true);
+  const std::vector<Task> tasks = column_tasks(p, p.out, chunk_of(p.out), true);
   run(threads, tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
-    const int64_t columns = task.to - task.from, ld = padded<T>(columns);
+    const int64_t columns = task.to - task.from, ld = spaced<T>(columns);
     Arena arena(memory, Scratch::bytes_of<T>(a.rank * ld) + Scratch::bytes_of<T>(kBlockRows * a.rank) +
                             Scratch::bytes_of<T>(ld));
     T* packed = arena.take<T>(a.rank * ld);
@@ -224,25 +260,54 @@ void store_columns(const T* sums, int64_t ld, const LoraAdapter& a, int64_t from
   }
 }
 
+// The first of `groups` matrices of ranks x ld becomes the sum of all, by chunks of columns.
+template <class T>
+void add_groups(T* sums, int64_t groups, int64_t ranks, int64_t ld, const Threads& threads) {
+  const int64_t numbers = ranks * ld, step = 64 * kLanes<T>;
+  parallel(threads, (numbers + step - 1) / step, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * step; i < std::min(end * step, numbers); i += kLanes<T>) {
+      Vec<T> total = load<T>(sums + i);
+      for (int64_t g = 1; g < groups; ++g) total += load<T>(sums + g * numbers + i);
+      store<T>(sums + i, total);
+    }
+  });
+}
+
+// Where a task's sums (ranks, ld) are: in its own memory, or those of its group of rows.
+template <class T>
+struct GroupSums {
+  GroupSums(const Cut& cut, bool asked, int64_t ranks, int64_t columns)
+      : size(cut.groups > 1 && asked ? ranks * spaced<T>(columns) : 0),
+        memory(Scratch::bytes_of<T>(size * cut.groups)),
+        all(memory.take<T>(size * cut.groups)) {}
+  T* of(const Task& task, const Cut& cut) const { return all + task.begin / cut.rows * size; }
+
+  int64_t size;
+  Scratch memory;
+  T* all;
+};
+
 // dy, S, B -> Z, dB. Every chunk of columns has its own part of Z; the parts are added in order afterwards.
 template <class T, class S, class B>
 void backward_out(const LoraParams& p, const Threads& threads) {
-  const std::vector<Task> tasks = column_tasks(p, p.out, false);
-  const int64_t chunk = chunk_of(p.out), chunks = (p.out + chunk - 1) / chunk, width = p.max_rank;
+  const Cut cut = cut_of(p, p.out);
+  const std::vector<Task> tasks = cut_tasks(p, p.out, cut, false);
+  const int64_t chunk = cut.chunk, chunks = (p.out + chunk - 1) / chunk, width = p.max_rank;
+  const int64_t all_ranks = rounded_up(width, 4);
+  GroupSums<T> groups(cut, p.adapters->dB, all_ranks, p.out);
   const int64_t part = chunks > 1 ? p.rows * width : 0;
   Scratch scratch(Scratch::bytes_of<T>(chunks * part));
   T* const parts = scratch.take<T>(chunks * part);
   run(threads, tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
-    const int64_t columns = task.to - task.from, ld = padded<T>(columns), ranks = rounded_up(a.rank, 4);
+    const int64_t columns = task.to - task.from, ld = spaced<T>(columns), ranks = rounded_up(a.rank, 4);
     Arena arena(memory, 2 * Scratch::bytes_of<T>(ranks * ld) + Scratch::bytes_of<T>(kBlockRows * ranks) +
                             Scratch::bytes_of<const T*>(a.rank));
     T* packed = arena.take<T>(ranks * ld);
-    T* sums = arena.take<T>(ranks * ld);
+    T* sums = groups.size ? groups.of(task, cut) : arena.take<T>(ranks * ld);
     T* factors = arena.take<T>(kBlockRows * ranks);
     const T** rows_of_B = arena.take<const T*>(a.rank);
     pack_columns<T>(packed, ld, static_cast<const B*>(a.B) + task.from * a.B_row, a.B_row, a.rank, columns);
-    for (int64_t r = 0; r < a.rank; ++r) rows_of_B[r] = packed + r * ld;
     zero_rows(sums, ld, 0, ranks);
     Block<T> b;
     b.factors = factors;
@@ -259,13 +324,21 @@ void backward_out(const LoraParams& p, const Threads& threads) {
         dy[i] = static_cast<const S*>(p.dy) + row * p.dy_row + task.from;
         out[i] = chunks > 1 ? parts + task.from / chunk * part + row * width : static_cast<T*>(p.Z) + row * p.Z_row;
       }
-      all_dots<T, S>(dy, b.rows, rows_of_B, a.rank, columns, out);
-      if (!a.dB) continue;
-      load_factors(factors, ranks, p, p.S, p.S_row, a, m, b.rows);
-      gather<T, S>(b, dy, sums, a.first);
+      if (a.dB) load_factors(factors, ranks, p, p.S, p.S_row, a, m, b.rows);
+      for (int64_t c = 0; c < columns; c += kStep) {
+        b.columns = std::min(kStep, columns - c);
+        for (int64_t r = 0; r < a.rank; ++r) rows_of_B[r] = packed + r * ld + c;
+        all_dots<T, S>(dy, b.rows, rows_of_B, a.rank, b.columns, out, c > 0);
+        if (a.dB) gather<T, S>(b, dy, sums + c, a.first);
+        for (int64_t i = 0; i < b.rows; ++i) dy[i] += b.columns;
+      }
     }
-    if (a.dB) store_columns<T, B>(sums, ld, a, task.from, columns);
+    if (a.dB && !groups.size) store_columns<T, B>(sums, ld, a, task.from, columns);
   });
+  if (groups.size) {
+    add_groups(groups.all, cut.groups, all_ranks, spaced<T>(p.out), threads);
+    store_columns<T, B>(groups.all, spaced<T>(p.out), *p.adapters, 0, p.out);
+  }
   if (chunks <= 1) return;
   for (int64_t i = 0; i < p.n_adapters; ++i) {
     const LoraAdapter& a = p.adapters[i];
@@ -284,16 +357,19 @@ void backward_out(const LoraParams& p, const Threads& threads) {
 // x, Z, A -> dA, dx.
 template <class T, class S, class A>
 void backward_in(const LoraParams& p, const Threads& threads) {
-  const std::vector<Task> tasks = column_tasks(p, p.in, true);
+  const Cut cut = cut_of(p, p.in);
+  const std::vector<Task> tasks = cut_tasks(p, p.in, cut, true);
+  const int64_t all_ranks = rounded_up(p.max_rank, 4);
+  GroupSums<T> groups(cut, p.adapters->dA, all_ranks, p.in);
   run(threads, tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
-    const int64_t columns = task.to - task.from, ld = padded<T>(columns), ranks = rounded_up(a.rank, 4);
+    const int64_t columns = task.to - task.from, ld = spaced<T>(columns), ranks = rounded_up(a.rank, 4);
     const int64_t words = (columns + 63) / 64;
     Arena arena(memory, 2 * Scratch::bytes_of<T>(ranks * ld) + Scratch::bytes_of<T>(kBlockRows * ranks) +
                             Scratch::bytes_of<T>(p.seed ? kBlockRows * ld : 0) +
                             Scratch::bytes_of<uint64_t>(kBlockRows * words));
     T* packed = arena.take<T>(ranks * ld);
-    T* sums = arena.take<T>(ranks * ld);
+    T* sums = groups.size ? groups.of(task, cut) : arena.take<T>(ranks * ld);
     T* factors = arena.take<T>(kBlockRows * ranks);
     T* kept_rows = arena.take<T>(p.seed ? kBlockRows * ld : 0);
     uint64_t* kept = arena.take<uint64_t>(kBlockRows * words);
@@ -313,12 +389,12 @@ void backward_in(const LoraParams& p, const Threads& threads) {
     for (int64_t m = task.begin; m < task.end; m += kBlockRows) {
       b.rows = std::min<int64_t>(kBlockRows, task.end - m);
       const S* x[kBlockRows];
-      const T* dropped[kBlockRows];
-      S* dx[kBlockRows];
+      const T* dropped[kBlockRows] = {};
+      S* dx[kBlockRows] = {};
       for (int64_t i = 0; i < b.rows; ++i) {
         const int64_t row = row_of(p, m + i);
         x[i] = static_cast<const S*>(p.x) + row * p.x_row + task.from;
-        dx[i] = static_cast<S*>(p.dx) + row * p.dx_row + task.from;
+        if (p.dx) dx[i] = static_cast<S*>(p.dx) + row * p.dx_row + task.from;
         if (!p.seed) continue;
         uint64_t* bits = kept + i * words;
         kept_columns(bits, uint64_t(*p.seed), uint64_t(row), task.from, columns, p.threshold);
@@ -326,12 +402,26 @@ void backward_in(const LoraParams& p, const Threads& threads) {
         if (a.dA) load_kept<T>(kept_rows + i * ld, x[i], columns, bits, b.keep_scale);
       }
       load_factors(factors, ranks, p, p.Z, p.Z_row, a, m, b.rows);
-      if (a.dA && p.seed) gather<T, T>(b, dropped, sums, a.first);
-      if (a.dA && !p.seed) gather<T, S>(b, x, sums, a.first);
-      if (p.dx) expand<T, S>(b, dx);
+      for (int64_t c = 0; c < columns; c += kStep) {
+        b.columns = std::min(kStep, columns - c);
+        b.packed = packed + c;
+        b.kept = p.seed ? kept + c / 64 : nullptr;
+        if (a.dA && p.seed) gather<T, T>(b, dropped, sums + c, a.first);
+        if (a.dA && !p.seed) gather<T, S>(b, x, sums + c, a.first);
+        if (p.dx) expand<T, S>(b, dx);
+        for (int64_t i = 0; i < b.rows; ++i) {
+          x[i] += b.columns;
+          if (p.dx) dx[i] += b.columns;
+          if (p.seed) dropped[i] += b.columns;
+        }
+      }
     }
-    if (a.dA) store_rows<T, A>(sums, ld, a, task.from, columns);
+    if (a.dA && !groups.size) store_rows<T, A>(sums, ld, a, task.from, columns);
   });
+  if (groups.size) {
+    add_groups(groups.all, cut.groups, all_ranks, spaced<T>(p.in), threads);
+    store_rows<T, A>(groups.all, spaced<T>(p.in), *p.adapters, 0, p.in);
+  }
 }
 
 }  // namespace lora

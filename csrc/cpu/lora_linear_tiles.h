@@ -77,10 +77,11 @@ TRIFUSE_INLINE Vec<T> dots(const S* const* x, const T* const* a, int64_t n) {
   return lane_sums<T>(sum);
 }
 
-// out[m * out_ld + r] (+)= the dots of rows x[0 .. rows) with the ranks a[0 .. ranks). Where rows or ranks do not fill
-// a tile their last one fills in.
+// out[m][r] = the dots of rows x[0 .. rows) with the ranks a[0 .. ranks), added to what is there if `add`. Where rows
+// or ranks do not fill a tile their last one fills in.
 template <class T, class S>
-void all_dots(const S* const* x, int64_t rows, const T* const* a, int64_t ranks, int64_t n, T* const* out) {
+void all_dots(const S* const* x, int64_t rows, const T* const* a, int64_t ranks, int64_t n, T* const* out,
+              bool add = false) {
   constexpr int tile_rows = kDotRows<T>, tile_ranks = kDotRanks<T>;
   for (int64_t m = 0; m < rows; m += tile_rows) {
     const S* left[tile_rows];
@@ -92,7 +93,8 @@ void all_dots(const S* const* x, int64_t rows, const T* const* a, int64_t ranks,
       store<T>(sums, dots<T, S>(left, right, n));
       for (int64_t i = 0; i < std::min<int64_t>(tile_rows, rows - m); ++i) {
         for (int64_t j = 0; j < std::min<int64_t>(tile_ranks, ranks - r); ++j) {
-          out[m + i][r + j] = sums[i * tile_ranks + j];
+          T& to = out[m + i][r + j];
+          to = sums[i * tile_ranks + j] + (add ? to : T(0));
         }
       }
     }

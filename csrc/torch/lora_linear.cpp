@@ -250,7 +250,8 @@ std::tuple<Tensor, Tensor> lora_linear_plain(Tensor x, Tensor weight, OptionalTe
       (merged && dtype != accumulation_type(x))) {
     return refuse();
   }
-  if (bias && (!bias->is_cpu() || bias->dim() != 1 || bias->size(0) != out || bias->scalar_type() != dtype)) {
+  if (bias && (!bias->is_cpu() || bias->dim() != 1 || bias->size(0) != out || bias->scalar_type() != dtype ||
+               !bias->is_contiguous())) {
     return refuse();
   }
   const Tensor flat = dims == 2 ? x : torch::stable::view(x, std::vector<int64_t>{rows, in});

@@ -176,7 +176,8 @@ def number(op: str, name: str, value: object, *, least: float = 0.0) -> float:
 
 
 def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The arguments of a linear layer, cast as ``torch.nn.functional.linear`` casts them under autocast."""
+    """The arguments of a linear layer, cast as ``torch.nn.functional.linear`` casts them under autocast; the bias is
+    contiguous afterwards."""
     tensors(op, x=x, weight=weight)
     tensors(op, optional=True, bias=bias)
     if x.dim() < 1:
@@ -199,6 +200,7 @@ def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     if bias is not None:
         shape(op, "bias", bias, (weight.shape[0],), "(N,)")
         same_dtype(op, "bias", bias, "x", x)
+        bias = bias.contiguous()
     return x, weight, bias
 
 

@@ -122,10 +122,12 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Ten
     """
     check.tensors("dora_norm", weight=weight)
     check.rank("dora_norm", "weight", weight, 2, "(N, K)")
+    check.dtype("dora_norm", "weight", weight, check.SEQUENCE_DTYPES)
     call = prepare_lora(weight[:0], weight, None, lora_A, lora_B, scale, op="dora_norm")
     name = DORA.choose(Call(call, None, weight, True), call.device_type, weight.numel())
     if name == "reference":
         return reference.dora_norm(weight, call.lora_A, call.lora_B, call.scale if call.p is None else call.p)
+    common.refuse_forward_mode("dora_norm", call)
     return _norm(name, call)
 
 

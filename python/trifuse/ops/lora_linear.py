@@ -94,7 +94,7 @@ def lora_linear(
     "DyLoRA", 2022 (arXiv 2210.07558); Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     2023 (arXiv 2312.03732).
     """
-    y = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout if training else 0.0, seed)
+    y = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout, seed, training)
     if y is not None:
         return y
     call = prepare(
@@ -119,7 +119,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 def _plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: object, active_rank: object,
-    frozen: bool, dropout: object, seed: object,
+    frozen: bool, dropout: object, seed: object, training: bool,
 ) -> Tensor | None:  # fmt: skip
     """The output on a CPU in one call that looks at its arguments itself; None where it does not take them, or where
     they are wrong: then the long way says so."""
@@ -136,10 +136,12 @@ def _plain(
         return None
     if forward_ad._current_level >= 0:
         return None
-    if dropout:
+    if dropout and training:
         seed = dropout_seed("lora_linear", x, dropout, seed, True)
-    elif seed is not None:
+    elif seed is not None or not 0 <= dropout < 1:
         return None
+    else:
+        dropout = 0.0
     return kernels.plain(*arguments, float(scale), active_rank, frozen, float(dropout), seed)
 
 

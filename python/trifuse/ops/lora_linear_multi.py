@@ -97,11 +97,11 @@ def prepare(
     """Check the arguments of ``lora_linear_multi`` and bring them to one form."""
     op = "lora_linear_multi"
     x, weight, bias = check.linear(op, x, weight, bias)
-    n = len(A_list)
+    n = _count(op, "A_list", A_list)
     if n == 0:
         raise ValueError(f"{op}: A_list is empty; there must be at least one adapter (lora_linear needs none)")
     for name, given in (("B_list", B_list), ("scales", scales)):
-        if len(given) != n:
+        if _count(op, name, given) != n:
             raise ValueError(f"{op}: {name} has {len(given)} entries; it must have one per adapter, {n}")
     pairs = [adapter(op, x, weight, A, B, str(i)) for i, (A, B) in enumerate(zip(A_list, B_list, strict=True))]
     A_list, B_list = [A for A, _ in pairs], [B for _, B in pairs]
@@ -116,6 +116,12 @@ def prepare(
         raise ValueError(f"{op}: index holds {int(index.max())}; there are only {n} adapters")
     ranks = [one.shape[0] for one in A_list]
     return Call(x, weight, bias, A_list, B_list, _factors(op, scales, ranks, x), index.to(torch.int64))
+
+
+def _count(op: str, name: str, given: object) -> int:
+    if not hasattr(given, "__len__") or (isinstance(given, Tensor) and given.dim() == 0):
+        raise TypeError(f"{op}: {name} is {type(given).__name__}; it must be a sequence, one entry per adapter")
+    return len(given)
 
 
 def _factors(op: str, scales: Sequence[float | Tensor] | Tensor, ranks: list[int], x: Tensor) -> Tensor:

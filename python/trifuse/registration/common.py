@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "implement_triton",
     "interpreting",
     "is_eager",
+    "matrix",
     "needs_grad",
     "no_second_derivative",
     "refuse_forward_mode",
@@ -83,6 +85,13 @@ def empty_sequence(like: Tensor, bld: bool) -> Tensor:
 def state_rows(sequence: Tensor, cu_seqlens: Tensor | None) -> int:
     """Rows of a state: one per batch item, or per packed sequence."""
     return sequence.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x as a matrix whose rows are contiguous. Their number is counted: of empty rows torch cannot say it."""
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def interpreting() -> bool:

@@ -113,7 +113,7 @@ _DOWN = {  # made here: a class is nothing that torch.compile could trace
 
 def scale(plain: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
     """``plain * factors + bias`` of a ``(..., N)`` matrix."""
-    return _scale(plain.reshape(-1, plain.shape[-1]), factors, bias).view(plain.shape)
+    return _scale(common.matrix(plain), factors, bias).view(plain.shape)
 
 
 def down(backend: str, x: Tensor, lora_A: Tensor) -> Tensor:

@@ -187,9 +187,7 @@ def plain(
 def linear(backend: str, call: Any) -> Tensor:
     """Run a checked call of ``lora_linear`` on a native backend."""
     common.refuse_forward_mode("lora_linear", call)
-    x = call.x.reshape(-1, call.x.shape[-1])
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous()
+    x = common.matrix(call.x)
     save = torch.is_grad_enabled() and any(
         one is not None and one.requires_grad for one in (call.lora_A, call.lora_B, call.p)
     )

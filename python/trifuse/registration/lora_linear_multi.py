@@ -92,9 +92,7 @@ def linear(backend: str, call: Any) -> Tensor:
     """Run a checked call of ``lora_linear_multi`` on a native backend."""
     x, weight, bias, A, B, scales, index = call
     common.refuse_forward_mode("lora_linear_multi", (x, weight, bias, *A, *B, scales))
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        rows = rows.contiguous()
+    rows = common.matrix(x)
     save = common.needs_grad((*A, *B, scales))
     name = "lora_linear_multi_fwd" + ("_triton" if backend == "triton" else "")
     arguments = (rows, weight, bias, A, B, scales, index.reshape(-1), save)

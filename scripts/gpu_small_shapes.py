@@ -166,6 +166,81 @@ def examine_conv(backend: str) -> int:
     return len(CONV_SIZES) * 8 + 4
 
 
+LORA_SIZES = ((1, 5, 7, 1), (3, 130, 33, 4), (70, 64, 300, 9), (200, 257, 65, 70))  # rows, in, out, rank
+
+
+def lora_arguments(sizes: tuple[int, ...], dtype: torch.dtype, half_adapter: bool = False) -> dict:
+    """The differentiable arguments of lora_linear."""
+    rows, columns, out, rank = sizes
+    adapter = dtype if half_adapter else torch.float32
+
+    def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(of).requires_grad_()
+
+    return {
+        "x": normal(rows, columns), "weight": normal(out, columns), "bias": normal(out),
+        "lora_A": normal(rank, columns, of=adapter), "lora_B": normal(out, rank, of=adapter),
+        "scale": normal(rank, of=torch.float32),
+    }  # fmt: skip
+
+
+def check_lora(backend: str, sizes: tuple[int, ...], dtype: torch.dtype, half_adapter: bool, options: dict) -> None:
+    tensors = lora_arguments(sizes, dtype, half_adapter)
+    active = max(sizes[3] - 1, 1) if options.get("frozen") else sizes[3]
+    answers = []
+    for one in (backend, "reference"):
+        with trifuse.backend(one):
+            y = trifuse.lora_linear(**tensors, active_rank=active, **options)
+        answers.append([y.detach(), *torch.autograd.grad(y.float().square().mean(), list(tensors.values()))])
+    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
+    for got, expected in zip(*answers, strict=True):
+        error = (got.float() - expected.float()).abs().max().item()
+        bound = tolerance * max(1.0, expected.float().abs().max().item())
+        assert error <= bound, f"lora_linear {backend} {sizes} {dtype} {options}: error {error} > {bound}"
+
+
+def check_lora_multi(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    rows, columns, out, rank = sizes
+    base = lora_arguments(sizes, dtype)
+    ranks = (rank, 1, rank + 3)
+    factors = [lora_arguments((rows, columns, out, one), dtype) for one in ranks]
+    A, B = [one["lora_A"] for one in factors], [one["lora_B"] for one in factors]
+    index = torch.arange(rows, device="cuda") % 5 - 1
+    index[index == 3] = -1
+    answers = []
+    for one in ("triton", "reference"):
+        with trifuse.backend(one):
+            y = trifuse.lora_linear_multi(base["x"], base["weight"], base["bias"], A, B, [0.5, 1.0, 2.0], index)
+        grads = torch.autograd.grad(y.float().square().mean(), [base["x"], *A, *B], allow_unused=True)
+        answers.append([y.detach(), *grads])
+    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
+    for got, expected in zip(*answers, strict=True):
+        if got is not None and expected is not None:
+            error = (got.float() - expected.float()).abs().max().item()
+            assert error <= tolerance * max(1.0, expected.float().abs().max().item()), (
+                f"lora_linear_multi {sizes}: {error}"
+            )
+
+
+def examine_lora(backend: str) -> int:
+    """How many calls of the adapters agree."""
+    op = backends.Op.registry["lora_linear"]
+    reasons = op.refusals[backend](op.prepare(**lora_arguments(LORA_SIZES[0], torch.float32)))
+    if reasons:
+        print(f"{backend}: lora_linear not examined: {'; '.join(reasons)}")
+        return 0
+    done = 0
+    for sizes, dtype in itertools.product(LORA_SIZES, (torch.float32, torch.bfloat16)):
+        for options in ({}, {"frozen": True}, {"dropout": 0.3, "seed": 7}):
+            for half_adapter in {False, dtype != torch.float32}:
+                check_lora(backend, sizes, dtype, half_adapter, options)
+                done += 1
+        if backend == "triton":
+            check_lora_multi(sizes, dtype)
+            done += 1
+    return done
+
+
 def main() -> None:
     torch.manual_seed(0)
     done = 0
@@ -190,7 +265,7 @@ def main() -> None:
         for sizes, dtype, packed in itertools.product(SSD_SIZES, (torch.float32, torch.bfloat16), (False, True)):
             check_ssd(sizes, dtype, packed)
             done += 1
-    done += sum(examine_conv(backend) for backend in ("cuda", "triton"))
+    done += sum(examine_conv(backend) + examine_lora(backend) for backend in ("cuda", "triton"))
     torch.cuda.synchronize()
     assert done, "no GPU kernel could be examined"
     print(f"{done} small calls agree with the reference")

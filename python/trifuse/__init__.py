@@ -2,6 +2,7 @@
 
 from trifuse import analysis, nn, optim, reference
 from trifuse.backends import BackendUnavailable, backend, explain
+from trifuse.integrations import accelerate_peft, restore_peft
 from trifuse.nn import (
     adapters,
     apply_lora,
@@ -42,6 +43,7 @@ __all__ = [
     "BackendUnavailable",
     "LoraMerge",
     "__version__",
+    "accelerate_peft",
     "adapters",
     "analysis",
     "apply_lora",
@@ -71,6 +73,7 @@ __all__ = [
     "optim",
     "ranks",
     "reference",
+    "restore_peft",
     "sample_rank",
     "selective_scan",
     "selective_state_update",

@@ -1,15 +1,17 @@
-"""trifuse's kernels under the names that other people's code imports.
+"""trifuse's kernels under the names that other people's code imports, and in other people's models and files.
 
 ``install()`` makes ``mamba_ssm``, ``causal_conv1d`` and ``gaussian_adaptive_attention`` importable, and transformers'
 Mamba models use the kernels.
+``accelerate_peft`` fuses the LoRA layers of a live PEFT model.
 Importing trifuse, or this module, changes nothing.
 """
 
 from __future__ import annotations
 
 from trifuse.integrations import stand_ins, transformers_hook
+from trifuse.integrations.peft_layers import Acceleration, accelerate_peft, restore_peft
 
-__all__ = ["install", "uninstall"]
+__all__ = ["Acceleration", "accelerate_peft", "install", "restore_peft", "uninstall"]
 
 _finder: stand_ins.Finder | None = None
 _hook: transformers_hook.Hook | None = None

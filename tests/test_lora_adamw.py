@@ -1,5 +1,5 @@
-"""The step of AdamW over some ranks: the reference against torch's own, every kernel against the reference; the optimizer
-is in test_low_rank_adamw.py."""
+"""The step of AdamW over some ranks: the reference against torch's own, every kernel against the reference; the
+optimizer is in test_low_rank_adamw.py."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""One step of AdamW of some ranks of many parameters, in Triton: for each, a launch counts the steps of its ranks, and one
-steps its numbers."""
+"""One step of AdamW of some ranks of many parameters, in Triton: for each, a launch counts the steps of its ranks, and
+one steps its numbers."""
 
 import math
 

@@ -1,7 +1,7 @@
 """The low-rank update of a weight with one rounding, in Triton.
 
-A program takes a tile of the weight, adds the ranks in order, and leaves its share of the sums of squares. A weight whose
-rows and not whose columns are contiguous is updated as its transpose, with A and B in each other's place.
+A program takes a tile of the weight, adds the ranks in order, and leaves its share of the sums of squares. A weight
+whose rows and not whose columns are contiguous is updated as its transpose, with A and B in each other's place.
 """
 
 import torch

@@ -204,9 +204,12 @@ int64_t tiles_of(const LoraUpdateParams& p) { return (p.rows + kTileRows - 1) / 
 
 template <typename S, typename AdapterS>
 Error launch_update(const UpdateArgs& p, Stream stream) {
-  auto* const kernel = p.seed != nullptr && sizeof(S) == 2 ? lora_update_kernel<S, AdapterS, true>
-                                                           : lora_update_kernel<S, AdapterS, false>;
-  return launch(kernel, tiles_of(p), 1, kThreads, sizeof(Factors), stream, p);
+  if constexpr (sizeof(S) == 2) {
+    if (p.seed != nullptr) {
+      return launch(lora_update_kernel<S, AdapterS, true>, tiles_of(p), 1, kThreads, sizeof(Factors), stream, p);
+    }
+  }
+  return launch(lora_update_kernel<S, AdapterS, false>, tiles_of(p), 1, kThreads, sizeof(Factors), stream, p);
 }
 
 Error by_dtypes(const UpdateArgs& p, Stream stream) {

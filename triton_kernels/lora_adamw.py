@@ -33,7 +33,8 @@ def _count(steps, factors, active, lr, log_beta1, log_beta2, BLOCK: tl.constexpr
 @triton.jit
 def _step(
     param, grad, exp_avg, exp_avg_sq, factors, numbers, inner, ranks, first, active,
-    decay, weight1, beta2, weight2, eps, sign, WIDE: tl.constexpr, NUMBERS: tl.constexpr,
+    decay, weight1, beta2, weight2, eps, sign,
+    FROM_GRAD: tl.constexpr, WIDE: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     here = number < numbers
@@ -46,7 +47,10 @@ def _step(
     g = sign * tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
     m = tl.load(exp_avg + at, mask=here, other=0.0)
     v = tl.load(exp_avg_sq + at, mask=here, other=0.0)
-    m += weight1 * (g - m)
+    if FROM_GRAD:  # the shorter way to the new moment
+        m = g + weight1 * (m - g)
+    else:
+        m += weight1 * (g - m)
     v = beta2 * v + weight2 * (g * g)
     rate = tl.load(factors + 2 * rank, mask=here, other=0.0)
     root = tl.load(factors + 2 * rank + 1, mask=here, other=1.0)
@@ -79,6 +83,6 @@ def lora_adamw(
             continue
         common.launch(
             _step, (triton.cdiv(numbers, NUMBERS),), param, grads[at], exp_avgs[at], exp_avg_sqs[at], factors, numbers,
-            inner, ranks, begin, active, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
-            -1.0 if maximize else 1.0, WIDE=numbers >= 2**31 - NUMBERS, NUMBERS=NUMBERS,
+            inner, ranks, begin, active, 1 - lr * weight_decay, min(beta1, 1 - beta1), beta2, 1 - beta2, eps,
+            -1.0 if maximize else 1.0, FROM_GRAD=beta1 <= 0.5, WIDE=numbers >= 2**31 - NUMBERS, NUMBERS=NUMBERS,
         )  # fmt: skip

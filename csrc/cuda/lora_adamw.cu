@@ -23,6 +23,7 @@ struct TensorArgs {
 struct AdamwArgs {
   TensorArgs tensors[kMostTensors];
   int count;
+  bool from_grad;  // the new moment is the gradient and a part of the way to the old one, which is the shorter way
   double beta1, beta2;
   float weight1, beta2_as_float, weight2, eps, sign, weight_decay;
 };
@@ -67,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) lora_adamw_kernel(const __grid_const
     const int64_t at = t.numbers <= 0xffffffff ? place(t, uint32_t(number), rank) : place(t, number, rank);
     S* const param = static_cast<S*>(t.param) + at;
     const float g = p.sign * to_float(static_cast<const S*>(t.grad)[at]);
-    const float old = t.exp_avg[at], m = fma(p.weight1, g - old, old);
+    const float old = t.exp_avg[at], from = p.from_grad ? g : old;
+    const float m = fma(p.weight1, (p.from_grad ? old : g) - from, from);
     const float v = fma(p.weight2, g * g, p.beta2_as_float * t.exp_avg_sq[at]);
     const float size = sqrtf(v) / t.factors[2 * rank + 1] + p.eps;
     *param = from_float<S>(to_float(*param) * decay - t.factors[2 * rank] * m / size);
@@ -92,7 +94,8 @@ Error step(const LoraAdamwParams& params, DType dtype, float*& factors, Stream s
   AdamwArgs p{};
   p.beta1 = params.beta1;
   p.beta2 = params.beta2;
-  p.weight1 = float(1.0 - params.beta1);
+  p.from_grad = params.beta1 <= 0.5;
+  p.weight1 = float(p.from_grad ? params.beta1 : 1.0 - params.beta1);
   p.beta2_as_float = float(params.beta2);
   p.weight2 = float(1.0 - params.beta2);
   p.eps = float(params.eps);

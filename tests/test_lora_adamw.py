@@ -1,9 +1,11 @@
-"""The step of AdamW over some ranks: the reference against torch's own, every kernel against the reference; the optimizer
-is in test_low_rank_adamw.py."""
+"""The step of AdamW over some ranks: the reference against torch's own, every kernel against the reference; the
+optimizer is in test_low_rank_adamw.py."""
 
 import pytest
 import torch
 from backends_here import cpp_only, kernels_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lora_adamw_cases import SHAPES, by, by_reference, check, gradients, make, run
 
 kernels = kernels_of("cuda", "triton")
@@ -116,6 +118,32 @@ def test_ranks_that_rest_keep_every_bit_and_their_gradients_are_not_looked_at(ba
         for count, old, (first, last) in zip(counts, counted, ranks, strict=True):
             old[first:last] += 1
             assert torch.equal(count, old)
+
+
+@st.composite
+def cases(draw):
+    size = st.integers(1, 40)
+    shapes = draw(st.lists(st.lists(size, min_size=1, max_size=3).flatmap(
+        lambda shape: st.tuples(st.just(tuple(shape)), st.integers(0, len(shape) - 1))), min_size=1, max_size=4
+    ))  # fmt: skip
+    part = draw(st.tuples(st.floats(0, 1), st.floats(0, 1)))
+
+    def active(step, ranks):
+        first, last = sorted(int(ranks * share) for share in part)
+        return (first, last) if step % 2 else (0, ranks)
+
+    dtype = draw(st.sampled_from(DTYPES[:3]))
+    options = {"beta1": draw(st.sampled_from([0.0, 0.9])), "beta2": draw(st.sampled_from([0.5, 0.999]))}
+    return make(dtype, shapes, seed=draw(st.integers(0, 99))), active, options | {"maximize": draw(st.booleans())}
+
+
+@kernels
+@given(case=cases())
+@settings(max_examples=40, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+def test_any_step_keeps_the_tolerance(backend, device, case):
+    made, active, options = case
+    check(by(backend), made, active, device=device, steps=3, **options)
 
 
 @kernels

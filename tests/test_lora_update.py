@@ -4,6 +4,8 @@ against the reference; merging, unmerging and swapping are in test_lora_merge.py
 import pytest
 import torch
 from backends_here import cpp_only, kernels_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lora_update_cases import HALF, check, make, native
 
 import trifuse
@@ -198,6 +200,29 @@ def test_what_rounding_lost_is_measured(backend, device):
     torch.testing.assert_close(sums.cpu(), torch.tensor([600 * 2.0**-20] * 2, dtype=torch.float64))
     sums = native(backend)(weight.clone(), None, row, one, 2.0**-5, None, None)
     assert sums.tolist() == [600 * 2.0**-10, 0]
+
+
+@st.composite
+def cases(draw):
+    dtype = draw(st.sampled_from(DTYPES[:3]))
+    rank = draw(st.integers(1, 40))
+    made = make(
+        rows=draw(st.integers(1, 70)), columns=draw(st.integers(1, 300)), rank=rank, dtype=dtype,
+        adapter=draw(st.sampled_from([None, dtype])), vector=draw(st.booleans()), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+    if draw(st.booleans()):
+        made = (made[0].t().contiguous().t(), *made[1:])
+    options = {"active_rank": draw(st.integers(1, rank)), "apart": draw(st.booleans())}
+    return made, options | {"seed": draw(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)))}
+
+
+@kernels
+@given(case=cases())
+@settings(max_examples=60, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+def test_any_call_keeps_the_tolerance(backend, device, case):
+    args, options = case
+    check(native(backend), args, device=device, **options)
 
 
 @cpp_only

@@ -94,7 +94,7 @@ def test_double_precision_is_refused_on_gpus_with_a_reason(backend):
     call = {name: tensor.double() for name, tensor in arguments().items()}
     choice = trifuse.explain("lora_merge_", **call)
     assert "it computes in float32, and the weight is float64" in choice.refusals[backend]
-    with trifuse.backend(backend), pytest.raises(trifuse.BackendUnavailable, match="^lora_merge_: backend"):
+    with trifuse.backend(backend), pytest.raises(trifuse.BackendUnavailable, match=r"^lora_merge_: backend"):
         trifuse.lora_merge_(**call)
 
 

@@ -55,21 +55,23 @@ struct Job {
 template <class T>
 struct Constants {
   T decay, weight1, beta2, weight2, eps, sign;
+  bool from_grad;  // the new moment is the gradient and a part of the way to the old one, which is the shorter way
 
   Constants(const LoraAdamwParams& p, double lr)
       : decay(T(1 - lr * p.weight_decay)),
-        weight1(T(1 - p.beta1)),
+        weight1(T(std::min(p.beta1, 1 - p.beta1))),
         beta2(T(p.beta2)),
         weight2(T(1 - p.beta2)),
         eps(T(p.eps)),
-        sign(p.maximize ? T(-1) : T(1)) {}
+        sign(p.maximize ? T(-1) : T(1)),
+        from_grad(p.beta1 <= 0.5) {}
 };
 
 template <class T>
 TRIFUSE_INLINE Vec<T> step(const Constants<T>& c, Vec<T> param, Vec<T> grad, Vec<T>& m, Vec<T>& v, Vec<T> rate,
                            Vec<T> root) {
   const Vec<T> g = grad * splat(c.sign);
-  m = m + splat(c.weight1) * (g - m);
+  m = c.from_grad ? g + splat(c.weight1) * (m - g) : m + splat(c.weight1) * (g - m);
   v = splat(c.beta2) * v + splat(c.weight2) * (g * g);
   return param * splat(c.decay) - rate * m / (square_root<T>(v) / root + splat(c.eps));
 }

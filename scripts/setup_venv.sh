@@ -49,10 +49,12 @@ for extra in "$@"; do
     report) "${pip[@]}" install matplotlib jinja2 rich pytest pytest-benchmark ;;
     # What the report compares with. None may bring a torch of its own, and none is needed.
     rivals)
-      for rival in mambapy gaussian-adaptive-attention; do
+      for rival in mambapy gaussian-adaptive-attention loralib; do
         "${pip[@]}" install --no-deps "$rival" || echo "$rival could not be installed: left out of the report"
       done
-      "${pip[@]}" install transformers || echo "transformers could not be installed: left out of the report"
+      torch=$("$venv/bin/python" -c "import torch; print(torch.__version__)")
+      "${pip[@]}" install --constraint <(echo "torch==$torch") transformers peft ||
+        echo "transformers and peft could not be installed: left out of the report"
       ;;
     *)
       echo "setup_venv.sh: there is no extra '$extra'" >&2

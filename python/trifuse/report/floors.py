@@ -12,7 +12,7 @@ from trifuse.report.contenders import Floor
 from trifuse.report.inputs import Inputs
 from trifuse.report.workloads import FWD_BWD, Workload
 
-__all__ = ["COPY", "COPY_FLOOR", "EXP_FLOOR", "computed_gpu_exp_floor", "copy_floor", "exp_floor"]
+__all__ = ["COPY", "COPY_FLOOR", "EXP_FLOOR", "UPDATE_COPY", "computed_gpu_exp_floor", "copy_floor", "exp_floor"]
 
 EXP_FLOOR, COPY_FLOOR = "exp-floor", "copy-floor"
 _L1_ELEMENTS = 4096  # 16 KB of float32: stays in any first-level cache
@@ -51,13 +51,25 @@ def copy_floor(workload: Workload, inputs: Inputs, direction: str) -> tuple[Call
     total = inputs.bytes(direction == FWD_BWD)
     if direction == FWD_BWD:
         total += inputs.dout.nbytes
-    source = torch.zeros(max(1, total // 8), dtype=torch.float32, device=inputs.dout.device)
+    return copying(total, inputs.dout.device)
+
+
+def updating_floor(workload: Workload, inputs: Inputs, direction: str) -> tuple[Callable[[], object], str]:
+    """The same for an op that only changes tensors in place: those are read and written."""
+    written = [inputs[name] for name in inputs.axes.mutated]
+    return copying(inputs.bytes(False) + sum(one.nbytes for one in written), written[0].device)
+
+
+def copying(total: int, device: torch.device) -> tuple[Callable[[], object], str]:
+    """A copy that reads and writes so many bytes in all."""
+    source = torch.zeros(max(1, total // 8), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), f"torch copy moving {total / 1e6:.1f} MB, reads and writes counted"
 
 
 # Beyond so many elements its buffers alone would take gigabytes.
 COPY = Floor(COPY_FLOOR, "floor: copying inputs and outputs", copy_floor, largest=(1 << 26) - 1)
+UPDATE_COPY = Floor(COPY_FLOOR, "floor: copying what is read and written", updating_floor)
 
 
 def computed_gpu_exp_floor(count: int) -> tuple[float, str]:

@@ -21,12 +21,14 @@ class Axes:
         of: letters of the axes of each argument and of "out" and "dout"; sequences are given in "bld".
         weights: arguments that stay in the accumulation dtype whatever the dtype of the sequences.
         mutated: arguments changed in place; they are outputs too and ask for no gradient.
+        frozen: arguments that the backward pass takes as constants.
         has_layouts: three-axis tensors that begin with "BL" may come as (B, channels, L) instead.
     """
 
     of: dict[str, str]
     weights: tuple[str, ...] = ()
     mutated: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     has_layouts: bool = True
 
     def turns(self, name: str) -> bool:
@@ -63,10 +65,11 @@ class Inputs:
     @cached_property
     def leaves(self) -> dict[str, Tensor]:
         """The differentiable arguments as leaves; they share the storage of the inputs."""
+        constant = ("dout", *self.axes.mutated, *self.axes.frozen)
         return {
             name: tensor.detach().requires_grad_()
             for name, tensor in self.tensors.items()
-            if name != "dout" and name not in self.axes.mutated and (tensor.is_floating_point() or tensor.is_complex())
+            if name not in constant and (tensor.is_floating_point() or tensor.is_complex())
         }
 
     def asking(self) -> Inputs:
@@ -74,10 +77,9 @@ class Inputs:
         return replace(self, tensors={**self.tensors, **self.leaves})
 
     def bytes(self, backward: bool) -> int:
-        """Bytes of inputs and output, and for the backward pass of the gradients of every input."""
-        inputs = sum(tensor.nbytes for name, tensor in self.tensors.items() if name != "dout")
-        out = self.tensors["dout"].nbytes if "dout" in self.tensors else 0
-        return (2 if backward else 1) * inputs + out
+        """Bytes of inputs and output, and for the backward pass of the gradient of every leaf."""
+        everything = sum(tensor.nbytes for tensor in self.tensors.values())  # the output is as large as its gradient
+        return everything + (sum(leaf.nbytes for leaf in self.leaves.values()) if backward else 0)
 
     def to(self, *, dtype: torch.dtype | None = None, layout: str | None = None) -> Inputs:
         """The same values in another sequence dtype and layout, contiguous. float64 is for everything,

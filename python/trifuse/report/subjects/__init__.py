@@ -8,11 +8,16 @@ from __future__ import annotations
 from trifuse.report.subject import OpSubject, Subject
 from trifuse.report.subjects.causal_conv1d import CausalConv1d
 from trifuse.report.subjects.causal_conv1d_update import CausalConv1dUpdate
+from trifuse.report.subjects.dora_linear import DoraLinear
 from trifuse.report.subjects.gaussian_adaptive_attention import GaussianAdaptiveAttention
 from trifuse.report.subjects.gaussian_attention import GaussianAttention
 from trifuse.report.subjects.gaussian_gate import GaussianGate
 from trifuse.report.subjects.gmm_attention_step import GMMAttentionStep
 from trifuse.report.subjects.linear_scan import LinearScan
+from trifuse.report.subjects.lora_adamw import LoraAdamW
+from trifuse.report.subjects.lora_linear import LoraLinear
+from trifuse.report.subjects.lora_linear_multi import LoraLinearMulti
+from trifuse.report.subjects.lora_update import LoraMerge, LoraSwap
 from trifuse.report.subjects.mamba_step import MambaStep
 from trifuse.report.subjects.nested_linear import NestedLinear
 from trifuse.report.subjects.selective_scan import SelectiveScan
@@ -25,7 +30,7 @@ __all__ = ["OPS", "SUBJECTS"]
 _ROOMS = (
     TransformersModels(), GaussianAttention(), GaussianAdaptiveAttention(), SSD(), MambaStep(), LinearScan(),
     CausalConv1d(), SelectiveScan(), SelectiveStateUpdate(), CausalConv1dUpdate(), GaussianGate(), GMMAttentionStep(),
-    NestedLinear(),
+    LoraLinear(), DoraLinear(), LoraLinearMulti(), LoraMerge(), LoraSwap(), LoraAdamW(), NestedLinear(),
 )  # fmt: skip
 SUBJECTS: dict[str, Subject] = {one.op: one for one in _ROOMS}
 

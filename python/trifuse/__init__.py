@@ -2,7 +2,7 @@
 
 from trifuse import analysis, nn, optim, reference
 from trifuse.backends import BackendUnavailable, backend, explain
-from trifuse.integrations import accelerate_peft, restore_peft
+from trifuse.integrations import accelerate_peft, load_loralib, load_peft, restore_peft, save_peft
 from trifuse.nn import (
     adapters,
     apply_lora,
@@ -58,6 +58,8 @@ __all__ = [
     "gaussian_gate",
     "gmm_attention_step",
     "linear_scan",
+    "load_loralib",
+    "load_peft",
     "lora_change_rank",
     "lora_linear",
     "lora_linear_multi",
@@ -75,6 +77,7 @@ __all__ = [
     "reference",
     "restore_peft",
     "sample_rank",
+    "save_peft",
     "selective_scan",
     "selective_state_update",
     "set_rank",

@@ -2,16 +2,28 @@
 
 ``install()`` makes ``mamba_ssm``, ``causal_conv1d`` and ``gaussian_adaptive_attention`` importable, and transformers'
 Mamba models use the kernels.
-``accelerate_peft`` fuses the LoRA layers of a live PEFT model.
+``accelerate_peft`` fuses the LoRA layers of a live PEFT model; ``load_peft``, ``save_peft`` and ``load_loralib`` read
+and write adapters as PEFT and loralib keep them.
 Importing trifuse, or this module, changes nothing.
 """
 
 from __future__ import annotations
 
 from trifuse.integrations import stand_ins, transformers_hook
+from trifuse.integrations.loralib_files import load_loralib
+from trifuse.integrations.peft_files import load_peft, save_peft
 from trifuse.integrations.peft_layers import Acceleration, accelerate_peft, restore_peft
 
-__all__ = ["Acceleration", "accelerate_peft", "install", "restore_peft", "uninstall"]
+__all__ = [
+    "Acceleration",
+    "accelerate_peft",
+    "install",
+    "load_loralib",
+    "load_peft",
+    "restore_peft",
+    "save_peft",
+    "uninstall",
+]
 
 _finder: stand_ins.Finder | None = None
 _hook: transformers_hook.Hook | None = None

@@ -43,7 +43,7 @@ class DoraLinear(OpSubject):
         self.contenders = backend_contenders(self.ours, self.refusals, dtypes=("float32",)) | named(rival)
 
     def quick(self) -> tuple[Workload, ...]:
-        return (_work(_WORK, "DoRA of rank 8 on 1024 -> 1024", 512, 1024, 1024, (FWD_BWD,), 2),)
+        return (_work(_WORK, "DoRA of rank 8 on 1024 -> 1024", 512, 1024, 1024, (FWD_BWD,), 1),)
 
     def full(self) -> tuple[Workload, ...]:
         return (

@@ -145,7 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
   Tensor dp = empty({0}, acc, x);
 
   Kernels kernels(x);
-  const Tensor Z = empty({p.rows, active_rank}, acc, x);
+  // Of no columns nothing is summed.
+  const std::vector<int64_t> Z_size{p.rows, active_rank};
+  const Tensor Z = p.out > 0 ? empty(Z_size, acc, x) : torch::stable::new_zeros(x, Z_size, acc);
   set_matrix(p.Z, p.Z_row, Z);
   if (A_grad || B_grad || p_grad || (x_grad && !merged)) {
     const bool kept = S.size(0) == p.rows;

@@ -18,7 +18,9 @@ constexpr int64_t kSummed = 64;  // rows that are summed one by one
 
 template <class Body>
 void over_chunks(const DoraParams& p, const Threads& threads, const Body& body) {
-  parallel(threads, (p.columns + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end) {
+  Threads some = threads;
+  if (p.rows * p.columns < 65536) some.count = 1;  // done before a second thread has woken up
+  parallel(some, (p.columns + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i * kChunk, std::min((i + 1) * kChunk, p.columns));
   });
 }

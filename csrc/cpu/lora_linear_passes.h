@@ -119,6 +119,13 @@ inline std::vector<Task> cut_tasks(const LoraParams& p, int64_t columns, const C
   return tasks;
 }
 
+// A small pass is done before a second thread has woken up.
+inline Threads enough(const LoraParams& p, int64_t columns, const Threads& threads) {
+  Threads some = threads;
+  if (p.rows * columns * std::max<int64_t>(p.max_rank, 1) < 65536) some.count = 1;
+  return some;
+}
+
 template <class Body>
 void run(const Threads& threads, const std::vector<Task>& tasks, const Body& body) {
   parallel(threads, int64_t(tasks.size()), [&](int64_t begin, int64_t end) {
@@ -166,7 +173,7 @@ void down(const LoraParams& p, const Threads& threads) {
     }
   }
   const bool convert = !std::is_same_v<T, A>;
-  run(threads, tasks, [&](const Task& task, Memory& memory) {
+  run(enough(p, p.in, threads), tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
     const int64_t ranks = task.to - task.from, ld = spaced<T>(p.in), words = (p.in + 63) / 64;
     constexpr int group = kDotRows<T>;
@@ -212,7 +219,7 @@ void down(const LoraParams& p, const Threads& threads) {
 template <class T, class S, class B>
 void up(const LoraParams& p, const Threads& threads) {
   const std::vector<Task> tasks = column_tasks(p, p.out, chunk_of(p.out), true);
-  run(threads, tasks, [&](const Task& task, Memory& memory) {
+  run(enough(p, p.out, threads), tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
     const int64_t columns = task.to - task.from, ld = spaced<T>(columns);
     Arena arena(memory, Scratch::bytes_of<T>(a.rank * ld) + Scratch::bytes_of<T>(kBlockRows * a.rank) +
@@ -298,7 +305,7 @@ void backward_out(const LoraParams& p, const Threads& threads) {
   const int64_t part = chunks > 1 ? p.rows * width : 0;
   Scratch scratch(Scratch::bytes_of<T>(chunks * part));
   T* const parts = scratch.take<T>(chunks * part);
-  run(threads, tasks, [&](const Task& task, Memory& memory) {
+  run(enough(p, p.out, threads), tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
     const int64_t columns = task.to - task.from, ld = spaced<T>(columns), ranks = rounded_up(a.rank, 4);
     Arena arena(memory, 2 * Scratch::bytes_of<T>(ranks * ld) + Scratch::bytes_of<T>(kBlockRows * ranks) +
@@ -361,7 +368,7 @@ void backward_in(const LoraParams& p, const Threads& threads) {
   const std::vector<Task> tasks = cut_tasks(p, p.in, cut, true);
   const int64_t all_ranks = rounded_up(p.max_rank, 4);
   GroupSums<T> groups(cut, p.adapters->dA, all_ranks, p.in);
-  run(threads, tasks, [&](const Task& task, Memory& memory) {
+  run(enough(p, p.in, threads), tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
     const int64_t columns = task.to - task.from, ld = spaced<T>(columns), ranks = rounded_up(a.rank, 4);
     const int64_t words = (columns + 63) / 64;

@@ -1,0 +1,2 @@
+// The CUDA file of this name, compiled for the emulator.
+#include "../cuda/lora_linear_bfloat16.cu"

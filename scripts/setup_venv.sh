@@ -44,6 +44,7 @@ for extra in "$@"; do
         echo "transformers and peft could not be installed: the tests of their models will say so"
       "${pip[@]}" install --no-deps gaussian-adaptive-attention ||
         echo "gaussian-adaptive-attention could not be installed: the tests beside it will say so"
+      "${pip[@]}" install --no-deps loralib || echo "loralib could not be installed: its state dicts will not be tested"
       "${pip[@]}" install scikit-learn || echo "scikit-learn could not be installed: an example will not be tested"
       ;;
     report) "${pip[@]}" install matplotlib jinja2 rich pytest pytest-benchmark ;;

@@ -1,7 +1,5 @@
-"""Adapters in PEFT's files: what PEFT saves is loaded, what we save PEFT loads, and what does not fit is refused."""
+"""Adapters in PEFT's files: what PEFT saves is loaded, and what we save PEFT loads."""
 
-import copy
-import json
 import warnings
 
 import pytest
@@ -15,71 +13,11 @@ pytest.importorskip("peft", reason="PEFT is not installed: its files are not tes
 
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers.pytorch_utils import Conv1D
+from peft_cases import index, model, saved_by_peft, shaken
 
 from trifuse.integrations.transposed import LoRATransposed
 
-transformers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set", "ignore:Setting `save_embedding_layers`")
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.q, self.v = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 6, bias=False)
-        self.out = Conv1D(8, 6)
-
-    def forward(self, x):
-        return x + self.out(torch.tanh(self.v(self.norm(x + self.q(x)))))
-
-
-class Model(nn.Module):
-    """Two blocks between an embedding and a head that shares its weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.q = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 11)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, index):
-        x = self.embedding(index)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(torch.relu(self.q(x)))
-
-
-def model():
-    """In float64, so that two ways to the same numbers differ by little."""
-    torch.manual_seed(0)
-    return Model().double()
-
-
-def index():
-    return torch.tensor([[1, 2, 10], [0, 3, 3]])
-
-
-def shaken(made):
-    """Everything that is trained has moved."""
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=g, dtype=torch.float64))
-    return made
-
-
-def of_peft(**options):
-    return shaken(get_peft_model(model(), LoraConfig(**{"r": 3, "target_modules": ["q", "v"], **options}))).eval()
-
-
-def saved_by_peft(folder, **options):
-    made = of_peft(**options)
-    made.save_pretrained(folder)
-    return made
 
 
 OPTIONS = {
@@ -96,6 +34,7 @@ OPTIONS = {
     "a regular expression": {"target_modules": r"layers\.1\.(q|v)"},
     "all linear layers": {"target_modules": "all-linear", "exclude_modules": ["head"]},
     "transposed weights": {"target_modules": ["q", "out"], "fan_in_fan_out": True},
+    "biases of transposed weights": {"target_modules": ["q", "out"], "fan_in_fan_out": True, "bias": "lora_only"},
     "only transposed weights": {"target_modules": ["out"], "fan_in_fan_out": True},
     "an embedding": {"target_modules": ["q", "embedding"]},
     "one layer": {"layers_to_transform": 1, "layers_pattern": "layers"},
@@ -308,6 +247,21 @@ def test_adapters_of_mambas_buffers_and_their_parts(tmp_path):
     assert not (tmp_path / "taps").exists()
 
 
+def test_layers_where_peft_refuses_adapters_are_named(tmp_path):
+    config = transformers.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4)
+    made = transformers.MambaForCausalLM(config).requires_grad_(False)
+    layer = made.backbone.layers[0].mixer
+    layer.in_proj = LoRALinear.from_linear(layer.in_proj)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trifuse.save_peft(made, tmp_path)
+    layer.out_proj = LoRALinear.from_linear(layer.out_proj)
+    with pytest.warns(
+        UserWarning, match=r"on backbone\.layers\.0\.mixer\.out_proj of a mamba model, where PEFT refuses"
+    ):
+        trifuse.save_peft(made, tmp_path)
+
+
 CONFIGS = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -338,124 +292,3 @@ def test_transformers_models_there_and_back(make, tmp_path):
         torch.testing.assert_close(ours(input_ids=ids).logits, expected)
         again = through_peft(ours, tmp_path / "ours", base())
         torch.testing.assert_close(again(input_ids=ids).logits, expected)
-
-
-UNSUPPORTED = {
-    "lora_bias": True,
-    "layer_replication": [[0, 2]],
-    "trainable_token_indices": [1],
-    "target_parameters": ["x.weight"],
-    "use_qalora": True,
-    "alora_invocation_tokens": [3],
-    "use_bdlora": {"nblocks": 2},
-    "arrow_config": {"top_k": 2},
-    "an_option_of_tomorrow": 1,
-    "init_lora_weights": "pissa",
-    "peft_type": "LOHA",
-    "bias": "some",
-    "r": 0,
-    "rank_pattern": {"q": "two"},
-    "lora_alpha": -1,
-    "lora_dropout": 1.0,
-    "target_modules": None,
-}
-
-
-def refused(made, folder, match, error=ValueError):
-    """The load raises, and the model is as it was."""
-    state, modules = copy.deepcopy(made.state_dict()), list(made.modules())
-    trained = [p.requires_grad for p in made.parameters()]
-    with pytest.raises(error, match=match):
-        trifuse.load_peft(made, folder)
-    assert list(made.modules()) == modules and [p.requires_grad for p in made.parameters()] == trained
-    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
-
-
-@pytest.mark.parametrize(("option", "value"), UNSUPPORTED.items(), ids=list(UNSUPPORTED))
-def test_an_unsupported_option_is_named(option, value, tmp_path):
-    saved_by_peft(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
-    refused(model(), tmp_path, f"^load_peft: {option} is ")
-
-
-def edited(folder, edit, **options):
-    saved_by_peft(folder, **options)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-Q = "base_model.model.layers.0.q"
-FILES = {
-    "a factor too few": (lambda t: t.pop(f"{Q}.lora_B.weight"), "holds lora_A; it must be lora_A, lora_B"),
-    "a layer too few": (
-        lambda t: [t.pop(f"{Q}.lora_{one}.weight") for one in "AB"],
-        "lacks the adapters of layers.0.q, which adapter_config.json means",
-    ),
-    "a layer too many": (
-        lambda t: t.update({f"base_model.model.head.lora_{one}.weight": torch.ones(2, 2) for one in "AB"}),
-        "has adapters of head, which adapter_config.json does not mean",
-    ),
-    "a layer that is not there": (
-        lambda t: t.update({f"base_model.model.o.lora_{one}.weight": torch.ones(2, 2) for one in "AB"}),
-        "has adapters of o; the model has no such modules",
-    ),
-    "a shape": (
-        lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(7, 3)}),
-        r"lora_B of 'layers.0.q' has shape \(7, 3\); .* it must be \(8, 3\)",
-    ),
-    "a rank": (
-        lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(2, 8), f"{Q}.lora_B.weight": torch.ones(8, 2)}),
-        "'layers.0.q' has rank 2; by adapter_config.json it must be 3",
-    ),
-    "no matrix": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3)}), "it must be a matrix"),
-    "a key": (lambda t: t.update({"base_model.model.o.weight": torch.ones(1)}), "has o.weight; the model has nothing"),
-    "a weight": (lambda t: t.update({"base_model.model.q.weight": torch.ones(1)}), "q.weight has shape"),
-}
-
-
-@pytest.mark.parametrize(("edit", "match"), FILES.values(), ids=list(FILES))
-def test_a_file_that_does_not_fit_is_refused(edit, match, tmp_path):
-    edited(tmp_path, edit)
-    refused(model(), tmp_path, match)
-
-
-def test_what_must_be_there_beside_the_adapters(tmp_path):
-    edited(tmp_path / "a", lambda t: t.pop("base_model.model.layers.1.norm.bias"), modules_to_save=["norm"])
-    refused(model(), tmp_path / "a", r"lacks layers\.1\.norm\.bias")
-    edited(tmp_path / "b", lambda t: t.pop(f"{Q}.base_layer.bias"), bias="lora_only")
-    refused(model(), tmp_path / "b", r"lacks layers\.0\.q\.bias")
-
-
-def test_a_folder_or_a_model_that_is_none(tmp_path):
-    refused(model(), tmp_path, "there is no .*adapter_config.json", FileNotFoundError)
-    saved_by_peft(tmp_path)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    refused(model(), tmp_path, "adapter_model.bin is a pickle, which is not read", FileNotFoundError)
-    (tmp_path / "adapter_model.bin").rename(tmp_path / "adapter_model.safetensors")
-    refused(trifuse.apply_lora(model(), ["head"]), tmp_path, "has adapters already")
-    convolution = nn.ModuleDict({"q": nn.Conv1d(4, 4, 3), "v": nn.Linear(4, 4)})
-    get_peft_model(copy.deepcopy(convolution), LoraConfig(target_modules=["q"])).save_pretrained(tmp_path / "conv")
-    refused(convolution, tmp_path / "conv", "lora_A of 'q' has shape|'q' is a Conv1d")
-
-
-def test_what_peft_cannot_hold_is_refused_and_nothing_written(tmp_path):
-    folder = tmp_path / "none"
-    multi = trifuse.apply_lora(model(), ["q"], kind="multi")
-    mixed = trifuse.apply_lora(model(), ["q", "embedding"], kind="dora")
-    rates = trifuse.apply_lora(model(), ["q"], dropout=0.1)
-    rates.q.dropout = 0.2
-    inside = trifuse.apply_lora(model(), ["q"])
-    inside.q.weight.requires_grad_(True)
-    for made, match in (
-        (model(), "has no adapters of trifuse"),
-        (of_peft(), "has no adapters of trifuse"),
-        (multi, "MultiLoRALinear of several adapters"),
-        (mixed, "embedding have not; PEFT knows all or none"),
-        (rates, r"dropout \[0.1, 0.2\]"),
-        (inside, "q.weight are trained, in or around 'layers.0.q'"),
-    ):
-        with pytest.raises(ValueError, match=f"^save_peft: .*{match}"):
-            trifuse.save_peft(made, folder)
-    assert not folder.exists()

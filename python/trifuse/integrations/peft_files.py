@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
+# Where PEFT refuses to put an adapter, because transformers' own forward passes it by.
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_PASSED_BY = ("out_proj", "conv1d")
 # Beside a module that is saved whole, PEFT's bias="all" saves its biases twice more: as they were, and as they are.
 _ALSO = ("original_module", "modules_to_save")
 
@@ -184,6 +188,9 @@ def save_peft(
         base_model_name_or_path, task_type: for the configuration; PEFT's ``AutoPeftModel`` classes read them
             (``"CAUSAL_LM"``, ...).
 
+    Warns:
+        UserWarning: an adapter is on a layer of transformers' Mamba models where PEFT refuses one.
+
     Raises:
         ValueError: PEFT cannot hold what the model has, which is named: adapters of a convolution's taps, several
             adapters in one layer, DoRA beside LoRA, several dropout rates, or trained parameters of or around a layer
@@ -198,6 +205,7 @@ def save_peft(
             "saves its own with save_pretrained"
         )
     config = _config_of(layers)
+    _warn_of_mamba(model, layers)
     adapters = {name: _adapter_of(layer, config.use_rslora) for name, layer in layers.items()}
     config.r, config.rank_pattern = _with_exceptions({name: one.rank for name, one in adapters.items()})
     config.lora_alpha, config.alpha_pattern = _with_exceptions({name: one.alpha for name, one in adapters.items()})
@@ -247,6 +255,17 @@ def _config_of(layers: Mapping[str, nn.Module]) -> Config:
         raise ValueError(f"save_peft: the layers have dropout {sorted(rates)}; for PEFT it must be one rate")
     rslora = all(layer.scaling == "rslora" and layer.nested_ranks is None for layer in layers.values())
     return Config(lora_dropout=max(rates, default=0.0), use_rslora=rslora, use_dora=bool(dora))
+
+
+def _warn_of_mamba(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    passed_by = [name for name in layers if name.rpartition(".")[2] in _PASSED_BY]
+    if kind in _MAMBAS and passed_by:
+        warnings.warn(
+            f"save_peft: there are adapters on {few(passed_by)} of a {kind} model, where PEFT refuses them; load_peft "
+            "reads the folder, PeftModel.from_pretrained does not",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ class FusedLinear(lora.Linear):
         weight, bias = _weight_and_bias(self)
         if adapters[0].magnitude is not None:
             one = adapters[0]
-            if len(adapters) > 1 or (self.training and not isinstance(self.lora_dropout[one.name], nn.Identity)):
+            drops = self.training and not isinstance(self.lora_dropout[one.name], nn.Identity)
+            if len(adapters) > 1 or drops or x.dim() < 2:  # of one vector PEFT makes a matrix
                 return None
             return ops.dora_linear(x, weight, bias, one.lora_A, one.lora_B, one.magnitude, one.scale)
         if len(adapters) == 1:

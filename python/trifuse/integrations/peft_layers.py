@@ -44,7 +44,7 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
     is DoRA's, or drops out; DoRA in training with dropout, which PEFT gives the base product too; dtypes that the
     functions don't take; functional transforms. In half precision what DoRA's factors scale is rounded to the layer's
     dtype, also beside float32 adapters, where PEFT computes in float32. A second derivative through a fused layer
-    raises: ``restore_peft`` first.
+    raises and says so: ``restore_peft`` first.
 
     The model can be copied and pickled; unpickling it needs trifuse. Adapters that are added later count; layers that
     get their first adapter later need another call.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from trifuse.integrations.placing import Adapter, check_adapters, few, is_transposed, place
+from trifuse.integrations.placing import Adapter, check_adapters, check_model, few, is_transposed, place
 
 __all__ = ["load_loralib"]
 
@@ -44,6 +44,7 @@ def load_loralib(
     Raises:
         ValueError: a key names nothing of the model, or a shape does not fit. The model is as it was.
     """
+    check_model(_CALLER, model)
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():

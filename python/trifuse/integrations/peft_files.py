@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from trifuse.integrations.peft_config import CONFIG, Config, exact_targets, read_config
-from trifuse.integrations.placing import Adapter, check_adapters, few, is_transposed, layers_with_adapters, place
+from trifuse.integrations.placing import (
+    Adapter,
+    check_adapters,
+    check_model,
+    few,
+    is_transposed,
+    layers_with_adapters,
+    place,
+)
 from trifuse.nn import DoRALinear, LoRAConv1d, LoRAEmbedding, LoRALinear, MultiLoRALinear
 
 __all__ = ["load_peft", "save_peft"]
@@ -62,6 +70,7 @@ def load_peft(
     """
     caller, folder = "load_peft", Path(folder)
     config = read_config(folder)
+    check_model(caller, model)
     adapters, whole = _read_tensors(folder, config)
     _check_names(config, model, adapters)
     check_adapters(caller, model, adapters)
@@ -304,8 +313,7 @@ def _trained(model: nn.Module, layers: Mapping[str, nn.Module], config: Config) 
     # A module is written with all that is in it.
     owners = {one for one in owners if not any(one.startswith(f"{other}.") for other in owners)}
     config.modules_to_save = sorted(owners) or None
-    names = [name for name, _ in model.named_modules()]
-    saved = config.saved(names)
+    saved = config.saved(name for name, _ in model.named_modules(remove_duplicate=False))
     for name in layers:
         if "" in owners or any(name == one or name.startswith(f"{one}.") for one in saved):
             which = [one for one in trained if one.rpartition(".")[0] in owners and one not in biases]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trifuse.nn import apply_lora, mark_only_lora_as_trainable
 
-__all__ = ["Adapter", "check_adapters", "few", "is_transposed", "layers_with_adapters", "place"]
+__all__ = ["Adapter", "check_adapters", "check_model", "few", "is_transposed", "layers_with_adapters", "place"]
 
 
 @dataclass
@@ -44,11 +44,16 @@ def layers_with_adapters(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if getattr(module, "has_adapter", False)}
 
 
-def check_adapters(caller: str, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Raise ValueError where an adapter does not fit the layer of its name."""
-    taken = layers_with_adapters(model)
+def check_model(caller: str, model: nn.Module) -> None:
+    """Raise ValueError if a model has adapters, of trifuse or of PEFT."""
+    taken = list(layers_with_adapters(model))
+    taken += [name for name, one in model.named_modules() if hasattr(one, "base_layer") and hasattr(one, "lora_A")]
     if taken:
         raise ValueError(f"{caller}: the model has adapters already ({few(taken)}); it must be one without")
+
+
+def check_adapters(caller: str, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Raise ValueError where an adapter does not fit the layer of its name."""
     for name, one in adapters.items():
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):

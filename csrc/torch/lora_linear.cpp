@@ -93,15 +93,14 @@ struct Kernels {
 #endif
 };
 
-std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensor lora_A, Tensor lora_B,
-                                           double scale, OptionalTensor factors, int64_t active_rank, bool frozen,
-                                           double dropout, OptionalTensor seed, bool merged, bool save) {
-  (void)frozen;
+// The layer's output into y (M, N); returns S.
+Tensor forward_into(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                    const Tensor& lora_A, const Tensor& lora_B, double scale, const OptionalTensor& factors,
+                    int64_t active_rank, double dropout, const OptionalTensor& seed, bool merged, bool save) {
   LoraAdapter adapter;
   LoraParams p = params(x, weight, lora_A, lora_B, scale, factors, active_rank, adapter);
   set_dropout(p, dropout, seed);
   const ScalarType acc = accumulation_type(x);
-  const Tensor y = empty({p.rows, p.out}, x.scalar_type(), x);
   const Tensor S = empty({!merged || save ? p.rows : 0, active_rank}, acc, x);
   set_matrix(p.S, p.S_row, S);
   set_matrix(p.y, p.y_row, y);
@@ -114,7 +113,16 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, OptionalTens
     kernels.up(p);
     add_product(y, x, transposed(weight));
   }
-  return {y, save ? S : empty({0, active_rank}, acc, x)};
+  return save ? S : empty({0, active_rank}, acc, x);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensor lora_A, Tensor lora_B,
+                                           double scale, OptionalTensor factors, int64_t active_rank, bool frozen,
+                                           double dropout, OptionalTensor seed, bool merged, bool save) {
+  (void)frozen;
+  const Tensor y = empty({x.size(0), weight.size(0)}, x.scalar_type(), x);
+  return {y,
+          forward_into(y, x, weight, bias, lora_A, lora_B, scale, factors, active_rank, dropout, seed, merged, save)};
 }
 
 // The gradient of a factor in full size, of which the kernel writes ranks [first, last).
@@ -256,14 +264,16 @@ std::tuple<Tensor, Tensor> lora_linear_plain(Tensor x, Tensor weight, OptionalTe
                !bias->is_contiguous())) {
     return refuse();
   }
-  const Tensor flat = dims == 2 ? x : torch::stable::view(x, std::vector<int64_t>{rows, in});
-  const auto [y, S] = lora_linear_fwd(flat, weight, bias, lora_A, lora_B, scale, std::nullopt, active_rank, false,
-                                      dropout, seed, merged, save);
-  if (dims == 2) return {y, S};
   std::vector<int64_t> size;
   for (int64_t i = 0; i + 1 < dims; ++i) size.push_back(x.size(i));
   size.push_back(out);
-  return {torch::stable::view(y, size), S};
+  const Tensor y = empty(size, dtype, x);  // of its final shape: autograd lets nobody change a view in place
+  const auto matrix = [&](const Tensor& t, int64_t columns) {
+    return dims == 2 ? t : torch::stable::view(t, std::vector<int64_t>{rows, columns});
+  };
+  const Tensor S = forward_into(matrix(y, out), matrix(x, in), weight, bias, lora_A, lora_B, scale, std::nullopt,
+                                active_rank, dropout, seed, merged, save);
+  return {y, S};
 }
 #endif
 

@@ -119,6 +119,15 @@ def merged_is_cheaper(rows: int, columns: int, out: int, rank: int, training: bo
     return saved > (2 if training else 1) * columns * out * (_MERGED + rank * _FACTOR)
 
 
+def _certainly(condition: bool) -> bool:
+    """A condition on sizes; while a graph is made, False where it holds for some of the sizes that the graph serves."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return condition
+
+
 _FORWARD = {  # made here: a class is nothing that torch.compile could trace
     f"lora_linear_fwd{suffix}": common.eager_function(
         f"lora_linear_fwd{suffix}", _setup_context, functools.partial(_backward, f"lora_linear_bwd{suffix}")
@@ -193,7 +202,7 @@ def linear(backend: str, call: Any) -> Tensor:
     )
     merged = (
         backend == "cpp" and call.seed is None and call.weight.dtype == common.accumulation_dtype(x)
-        and merged_is_cheaper(x.shape[0], *call.weight.shape[::-1], call.active_rank, save)
+        and _certainly(merged_is_cheaper(x.shape[0], *call.weight.shape[::-1], call.active_rank, save))
     )  # fmt: skip
     y, _ = _FORWARD["lora_linear_fwd_triton" if backend == "triton" else "lora_linear_fwd"](
         x, call.weight, call.bias, call.lora_A, call.lora_B, call.scale, call.p, call.active_rank, call.frozen,

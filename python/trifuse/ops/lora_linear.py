@@ -114,7 +114,7 @@ def lora_linear(
 
 
 _HAS_KERNEL = _library.missing("cpp") is None and _library.wrong_isa is None
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _plain(
@@ -124,11 +124,11 @@ def _plain(
     """The output on a CPU in one call that looks at its arguments itself; None where it does not take them, or where
     they are wrong: then the long way says so."""
     arguments = (x, weight, bias, lora_A, lora_B)
-    if not _HAS_KERNEL or not all(type(one) in _PLAIN for one in arguments) or torch.is_autocast_enabled("cpu"):
+    if not _HAS_KERNEL or not all(one is None or (type(one) in _PLAIN and one.is_cpu) for one in arguments):
         return None
     if x is None or weight is None or lora_A is None or lora_B is None or lora_A.dim() != 2 or weight.dim() != 2:
         return None
-    if type(scale) not in (float, int) or type(dropout) not in (float, int) or not x.is_cpu:
+    if type(scale) not in (float, int) or type(dropout) not in (float, int) or torch.is_autocast_enabled("cpu"):
         return None
     if active_rank is None:
         active_rank = lora_A.shape[0]

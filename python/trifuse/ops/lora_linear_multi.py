@@ -129,6 +129,8 @@ def _factors(op: str, scales: Sequence[float | Tensor] | Tensor, ranks: list[int
     acc, width = torch.promote_types(x.dtype, torch.float32), max(ranks)
     if isinstance(scales, Tensor) and scales.dim() == 2:
         check.shape(op, "scales", scales, (len(ranks), width), "(adapters, largest rank)")
+        if not scales.is_floating_point():
+            raise TypeError(f"{op}: scales is {check.dtype_name(scales.dtype)}; it must be a floating-point tensor")
         check.same_device(op, x, scales=scales)
         return scales.to(acc).contiguous()
     pairs = [factor(op, f"scales[{i}]", one, rank, x) for i, (one, rank) in enumerate(zip(scales, ranks, strict=True))]

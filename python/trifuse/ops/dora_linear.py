@@ -15,7 +15,6 @@ from trifuse.ops.lora_linear import prepare as prepare_lora
 from trifuse.ops.lora_linear import rows
 from trifuse.registration import common
 from trifuse.registration import dora_linear as kernels
-from trifuse.registration import lora_linear as lora_kernels
 
 __all__ = ["dora_linear", "dora_norm"]
 
@@ -101,7 +100,7 @@ def dora_linear(
                 norm = _norm(name, one)
         else:
             norm = _norm(name, one)
-        return kernels.scale(lora_kernels.linear(name, one), call.magnitude.to(norm.dtype) / norm, call.bias)
+        return kernels.linear(name, call, call.magnitude.to(norm.dtype) / norm)
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Tensor = 1.0) -> Tensor:

@@ -1,5 +1,5 @@
-"""The torch ops that ``dora_linear`` puts together with lora_linear's: the factors of the columns of a matrix, and
-``x Aᵀ``, of which the norms are made."""
+"""The torch ops behind ``dora_linear``: lora_linear's, put together with factors of the columns, and ``x Aᵀ``, of which
+the norms are made."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ from trifuse.registration import lora_linear as lora
 _SCALE = "(Tensor plain, Tensor factors, Tensor? bias) -> Tensor"
 _SCALE_BWD = "(Tensor dy, Tensor plain, Tensor factors, bool factors_grad) -> (Tensor dplain, Tensor dfactors)"
 _DOWN = "(Tensor x, Tensor lora_A) -> Tensor"
+_FWD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor factors, float scale, Tensor? p,"
+    " float dropout, Tensor? seed, bool save) -> (Tensor y, Tensor plain, Tensor S)"
+)
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor factors, Tensor plain, Tensor S,"
+    " float scale, Tensor? p, float dropout, Tensor? seed, bool[] needs)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB, Tensor dfactors, Tensor dp)"
+)
 _DOWN_BWD = "(Tensor dS, Tensor x, Tensor lora_A, bool x_grad, bool A_grad) -> (Tensor dx, Tensor dA)"
 
 
@@ -26,20 +35,6 @@ def _scale_fake(plain, factors, bias):
 
 def _scale_bwd_fake(dy, plain, factors, factors_grad):
     return plain.new_empty(plain.shape), factors.new_empty(factors.shape if factors_grad else (0,))
-
-
-def _scale_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    plain, factors, bias = inputs
-    ctx.save_for_backward(plain, factors)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _scale_backward(ctx: Any, dy: Tensor) -> tuple:
-    plain, factors = ctx.saved_tensors
-    plain_grad, factors_grad, bias_grad = ctx.needs_input_grad
-    dplain, dfactors = common.call_eagerly("dora_scale_bwd", dy, plain, factors, factors_grad)
-    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.bias_dtype is not None and bias_grad else None
-    return dplain if plain_grad else None, dfactors if factors_grad else None, dbias
 
 
 def _down_fake(x, lora_A):
@@ -64,8 +59,7 @@ common.SCHEMAS.update(dora_scale=_SCALE, dora_scale_bwd=_SCALE_BWD)
 for _name, _schema, _fake in (("dora_scale", _SCALE, _scale_fake), ("dora_scale_bwd", _SCALE_BWD, _scale_bwd_fake)):
     LIB.define(_name + _schema)
     torch.library.register_fake(f"trifuse::{_name}", _fake, lib=LIB)
-torch.library.register_autograd("trifuse::dora_scale", _scale_backward, setup_context=_scale_setup, lib=LIB)
-torch.library.register_autograd("trifuse::dora_scale_bwd", common.no_second_derivative("dora_linear"), lib=LIB)
+    torch.library.register_autograd(f"trifuse::{_name}", common.no_second_derivative("dora_linear"), lib=LIB)
 
 common.define("lora_down", _DOWN, _down_fake)
 common.define("lora_down_bwd", _DOWN_BWD, _down_bwd_fake)
@@ -96,11 +90,96 @@ LIB.impl("dora_scale", _scale_on_gpu, "CUDA")
 LIB.impl("dora_scale_bwd", _scale_bwd_on_gpu, "CUDA")
 
 
+def _forward(suffix, x, weight, bias, lora_A, lora_B, factors, scale, p, dropout, seed, save):
+    fwd = getattr(torch.ops.trifuse, f"lora_linear_fwd{suffix}").default
+    rank = lora_A.shape[0]
+    plain, S = fwd(x, weight, None, lora_A, lora_B, scale, p, rank, False, dropout, seed, False, save)
+    return torch.ops.trifuse.dora_scale.default(plain, factors, bias), plain, S
+
+
+def _backward(suffix, dy, x, weight, lora_A, lora_B, factors, plain, S, scale, p, dropout, seed, needs):
+    bwd = getattr(torch.ops.trifuse, f"lora_linear_bwd{suffix}").default
+    x_grad, weight_grad, bias_grad, A_grad, B_grad, factors_grad, p_grad = needs
+    acc = common.accumulation_dtype(x)
+    rest = (S, scale, p, lora_A.shape[0], False, dropout, seed, False)
+    scaled, dfactors = torch.ops.trifuse.dora_scale_bwd.default(dy, plain, factors, factors_grad)
+    if x.dtype == acc or not (A_grad or B_grad or p_grad):
+        wanted = [x_grad, weight_grad, False, A_grad, B_grad, p_grad]
+        dx, dweight, _, dA, dB, dp = bwd(scaled, x, weight, lora_A, lora_B, *rest, wanted)
+    else:  # what is scaled has been rounded: good enough for the gradient of x, but not for the adapter's in float32
+        wanted = [x_grad, weight_grad, False, False, False, False]
+        dx, dweight, *_ = bwd(scaled, x, weight, lora_A, lora_B, *rest, wanted)
+        wanted = [False, False, False, A_grad, B_grad, p_grad]
+        column = factors[:, None]
+        *_, dA, dB, dp = bwd(dy, x, weight, lora_A.to(acc), lora_B.to(acc) * column, *rest, wanted)
+        dA = dA.to(lora_A.dtype)
+        dB = (dB * column).to(lora_B.dtype) if B_grad else dB.to(lora_B.dtype)
+    dbias = dy.sum(0) if bias_grad else dy.new_empty(0)
+    return dx, dweight, dbias, dA, dB, dfactors, dp
+
+
+def _fwd_fake(x, weight, bias, lora_A, lora_B, factors, scale, p, dropout, seed, save):
+    rows, acc = x.shape[0], common.accumulation_dtype(x)
+    y, plain = (x.new_empty((rows, weight.shape[0])) for _ in range(2))
+    return y, plain, x.new_empty((rows if save else 0, lora_A.shape[0]), dtype=acc)
+
+
+def _bwd_fake(dy, x, weight, lora_A, lora_B, factors, plain, S, scale, p, dropout, seed, needs):
+    like = (x, weight, dy, lora_A, lora_B, factors, S)
+    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, factors.shape, lora_A.shape[:1])
+    return tuple(one.new_empty(shape if need else (0,)) for one, shape, need in zip(like, shapes, needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, lora_A, lora_B, factors, scale, p, dropout, seed, _ = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B, factors, output[1], output[2], p, seed)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.scale, ctx.dropout, ctx.has_bias = scale, dropout, bias is not None
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(bwd_name: str, ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
+    if dy is None:
+        return (None,) * 11
+    x, weight, lora_A, lora_B, factors, plain, S, p, seed = ctx.saved_tensors
+    asked = ctx.needs_input_grad
+    needs = [*asked[:2], ctx.has_bias and asked[2], *asked[3:6], p is not None and asked[7]]
+    grads = common.call_eagerly(
+        bwd_name, dy, x, weight, lora_A, lora_B, factors, plain, S, ctx.scale, p, ctx.dropout, seed, needs
+    )
+    *six, dp = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return *six, None, dp, None, None, None
+
+
+_LINEAR = {}
+for _suffix in common.SUFFIXES:
+    _fwd, _bwd = f"dora_linear_fwd{_suffix}", f"dora_linear_bwd{_suffix}"
+    for _name, _schema, _fake, _compute in (
+        (_fwd, _FWD, _fwd_fake, _forward), (_bwd, _BWD, _bwd_fake, _backward),
+    ):  # fmt: skip
+        LIB.define(_name + _schema)
+        torch.library.register_fake(f"trifuse::{_name}", _fake, lib=LIB)
+        for _device in ("CPU", "CUDA"):
+            LIB.impl(_name, functools.partial(_compute, _suffix), _device)
+    _grads = functools.partial(_gradients, _bwd)
+    torch.library.register_autograd(f"trifuse::{_fwd}", _grads, setup_context=_setup_context, lib=LIB)
+    torch.library.register_autograd(f"trifuse::{_bwd}", common.no_second_derivative("dora_linear"), lib=LIB)
+    _LINEAR[_suffix] = common.eager_function(_fwd, _setup_context, _grads)
+
+
+def linear(backend: str, call: Any, factors: Tensor) -> Tensor:
+    """Run a checked call of ``dora_linear`` on a native backend, with the factors of its columns."""
+    one = call.lora
+    x = common.matrix(one.x)
+    save = common.needs_grad((one.lora_A, one.lora_B, one.p))
+    y, _, _ = _LINEAR["_triton" if backend == "triton" else ""](
+        x, one.weight, call.bias, one.lora_A, one.lora_B, factors, one.scale, one.p, one.dropout, one.seed, save
+    )
+    return y.view(*one.x.shape[:-1], one.weight.shape[0])
+
+
 def register_backends(op: Op) -> None:
     lora.register_backends(op)
-
-
-_scale = common.eager_function("dora_scale", _scale_setup, _scale_backward)
 
 
 _DOWN = {  # made here: a class is nothing that torch.compile could trace
@@ -109,11 +188,6 @@ _DOWN = {  # made here: a class is nothing that torch.compile could trace
     )
     for suffix in common.SUFFIXES
 }
-
-
-def scale(plain: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
-    """``plain * factors + bias`` of a ``(..., N)`` matrix."""
-    return _scale(common.matrix(plain), factors, bias).view(plain.shape)
 
 
 def down(backend: str, x: Tensor, lora_A: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= report/gpu
 REPORT ?=
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
@@ -25,8 +26,9 @@ lint:
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
+# One process a core: most tests are one thread of Python. Threads that wait must not spin, or they take the other's core.
 suite:
-	$(PY) -m pytest --durations=10
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
 # Triton's interpreter has to be chosen before triton is imported: a process of its own.
 interpreter:

@@ -38,7 +38,7 @@ for extra in "$@"; do
   case $extra in
     # transformers and peft need a torch and take the one that is there; without them their tests are skipped.
     test)
-      "${pip[@]}" install pytest pytest-benchmark pytest-timeout hypothesis ruff clang-format
+      "${pip[@]}" install pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff clang-format
       torch=$("$venv/bin/python" -c "import torch; print(torch.__version__)")
       "${pip[@]}" install --constraint <(echo "torch==$torch") "transformers>=5.23" peft ||
         echo "transformers and peft could not be installed: the tests of their models will say so"

@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kGatherThreads, 3) lora_gather_kernel(const __
   static_assert(kGroup <= kLines, "the factor has room where the warps' sums have");
   TRIFUSE_SHARED_MEMORY(memory);
   float* const lines = reinterpret_cast<float*>(memory);
-  const int lane = int(threadIdx.x) % 32,
-            warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0);        // seen to be the warp's
+  // The warp's number from one lane: what is computed from it is seen to be the same in all of them.
+  const int lane = int(threadIdx.x) % 32, warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0);
   float* const coefficients = lines + kLines * kLine<kStrips> + warp * 32;  // (ranks, rows of the set)
   const int rank = p.base + int(blockIdx.x) % p.groups * kGroup, block = int(blockIdx.x) / p.groups;
   const int piece = block % p.pieces, split = block / p.pieces, own_row = lane / 8;

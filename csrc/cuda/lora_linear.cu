@@ -156,8 +156,14 @@ Error dots(Args& args, const LoraParams& p, void* scratch, void* to, int64_t to_
 // Ranks [first, rank) of the sums of the splits, as a gradient with these strides.
 Error add_gathered(const Args& args, const LoraParams& p, void* to, int64_t rank, int64_t column, Stream stream) {
   const int64_t first = p.adapters->first, columns = args.columns, size = narrow(p.adapter_dtype) ? 2 : 4;
-  SumArgs s{args.gathered + first * columns, args.splits, args.ranks * columns, args.ranks - first, columns,
-            static_cast<char*>(to) + first * rank * size, rank, column};
+  SumArgs s{args.gathered + first * columns,
+            args.splits,
+            args.ranks * columns,
+            args.ranks - first,
+            columns,
+            static_cast<char*>(to) + first * rank * size,
+            rank,
+            column};
   return add(s, p.adapter_dtype, stream);
 }
 

@@ -42,7 +42,7 @@ struct Args {
   int base, groups;           // the first rank, and groups of ranks from there on
   int pieces, piece_columns;  // of the columns, a block has one
   int splits, split_rows;     // of the rows, a block has one
-  const void* source;             // (rows, columns), what is read
+  const void* source;         // (rows, columns), what is read
   int64_t source_row;
   bool vectors;  // four elements of source, or of out, may be accessed at once
   Factor factor;
@@ -107,7 +107,8 @@ TRIFUSE_DEVICE int left(T begin, T end, int most) {
   return end - begin < most ? int(end - begin) : most;
 }
 
-// Ranks [rank, rank + count) of the factor at some strips of columns, as `count` lines; zeros outside. By the whole block.
+// Ranks [rank, rank + count) of the factor at some strips of columns, as `count` lines; zeros outside. By the whole
+// block.
 template <typename S, int kStrips>
 TRIFUSE_DEVICE void stage(const Args& p, int rank, int count, int column, float* lines) {
   constexpr int kColumns = kStrips * kStrip;

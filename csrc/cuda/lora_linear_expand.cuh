@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) lora_expand_kernel(const __grid_c
 #pragma unroll 1
       for (int k = lane; k < kRows * count; k += 32) {
         const int i = k / count, r = k % count;
-        coefficients[r * kRows + i] = 
+        coefficients[r * kRows + i] =
             i < rows ? p.coefficients[(row + i) * p.coefficients_row + rank + r] * scale_of(p, rank + r) : 0.0f;
       }
       __syncwarp();

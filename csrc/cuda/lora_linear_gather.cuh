@@ -1,5 +1,5 @@
-// gathered = (coefficients * scale * p)^T dropout(source): dA = (Z o p)^T x~, and dB^T = (S o p)^T dy; of the latter the
-// same read of dy also gives Z = dy B.
+// gathered = (coefficients * scale * p)^T dropout(source): dA = (Z o p)^T x~, and dB^T = (S o p)^T dy; of the latter
+// the same read of dy also gives Z = dy B.
 #pragma once
 
 #include "lora_linear_common.cuh"
@@ -14,16 +14,17 @@ constexpr int kLines = kGatherWarps * kAtOnce;
 template <typename S>
 constexpr int64_t kGatherBytes = int64_t(kLines * kLine<kWide<S>> + kGatherWarps * 32) * int64_t(sizeof(float));
 
-// A block has a piece of the columns, a split of the rows and a group of ranks; a warp takes every fourth set of rows, a
-// row and a rank of the set for each lane. With dots (without dropout) Z is added up over the strips of the piece, by the
-// thread that stores it.
+// A block has a piece of the columns, a split of the rows and a group of ranks; a warp takes every fourth set of rows,
+// a row and a rank of the set for each lane. With dots (without dropout) Z is added up over the strips of the piece, by
+// the thread that stores it.
 template <typename S, int kGroup, bool kDots>
 __global__ void __launch_bounds__(kGatherThreads, 3) lora_gather_kernel(const __grid_constant__ Args p) {
   constexpr int kSet = 4, kParts = kGroup / 4, kStrips = kWide<S>;
   static_assert(kGroup <= kLines, "the factor has room where the warps' sums have");
   TRIFUSE_SHARED_MEMORY(memory);
   float* const lines = reinterpret_cast<float*>(memory);
-  const int lane = int(threadIdx.x) % 32, warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0);  // seen to be the warp's
+  // The warp's number from one lane: what is computed from it is seen to be the same in all of them.
+  const int lane = int(threadIdx.x) % 32, warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0);
   float* const coefficients = lines + kLines * kLine<kStrips> + warp * 32;  // (ranks, rows of the set)
   const int rank = p.base + int(blockIdx.x) % p.groups * kGroup, block = int(blockIdx.x) / p.groups;
   const int piece = block % p.pieces, split = block / p.pieces, own_row = lane / 8;
@@ -60,7 +61,10 @@ __global__ void __launch_bounds__(kGatherThreads, 3) lora_gather_kernel(const __
         }
       }
       const bool mine = ranked && row + own_row < rows;
-      coefficients[own_rank * kSet + own_row] = mine ? p.coefficients[(first_row + row + own_row) * p.coefficients_row + rank + own_rank] * scale_of(p, rank + own_rank) : 0.0f;
+      coefficients[own_rank * kSet + own_row] =
+          mine ? p.coefficients[(first_row + row + own_row) * p.coefficients_row + rank + own_rank] *
+                     scale_of(p, rank + own_rank)
+               : 0.0f;
       Kept<kSet, kStrips> kept;
       if (!kDots && p.seed != nullptr) kept.draw(p, seed, first_row + row, strip + lane * kQuad);
       float own_dot = 0.0f;
@@ -131,8 +135,7 @@ __global__ void __launch_bounds__(kGatherThreads, 3) lora_gather_kernel(const __
 #pragma unroll
         for (int h = 0; h < kStrips; ++h) {
           const float* const four = sums[r + k] + h * kQuad;
-          *reinterpret_cast<float4*>(line + h * kStrip) =
-              make_float4(four[0], four[1], four[2], four[3]);
+          *reinterpret_cast<float4*>(line + h * kStrip) = make_float4(four[0], four[1], four[2], four[3]);
         }
       }
       __syncthreads();

@@ -1,4 +1,4 @@
-"""What bad input of the low-rank ops gets: one error before any kernel runs, the same whichever backend is asked for."""
+"""What bad input of the low-rank ops gets: one error before any kernel runs, the same whatever backend is asked for."""
 
 import re
 

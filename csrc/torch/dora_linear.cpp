@@ -10,9 +10,9 @@ namespace trifuse {
 namespace {
 
 DoraParams params(const Tensor& plain, const Tensor& factors) {
-  STD_TORCH_CHECK(plain.dim() == 2 && plain.is_contiguous() && factors.is_contiguous() &&
-                      factors.numel() == plain.size(1),
-                  "dora_scale: plain must be (M, N), contiguous, and factors (N,)");
+  STD_TORCH_CHECK(
+      plain.dim() == 2 && plain.is_contiguous() && factors.is_contiguous() && factors.numel() == plain.size(1),
+      "dora_scale: plain must be (M, N), contiguous, and factors (N,)");
   DoraParams p;
   p.rows = plain.size(0);
   p.columns = plain.size(1);

@@ -158,3 +158,20 @@ def test_gradients_repeat_bit_for_bit():
     first, second = (run("triton", tensors, **EVERYTHING) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@dtypes
+@pytest.mark.parametrize("adapter", ["float32", "of x"])
+def test_norms_of_dora_from_the_factors(dtype, adapter):
+    adapter = torch.float32 if adapter == "float32" else dtype
+    tensors = make(out=50, columns=140, dtype=dtype, adapter_dtype=adapter)
+    leaves = [tensors[name] for name in ("weight", "lora_A", "lora_B")]
+    grads = {}
+    for backend, cast in (("triton", lambda x: x), ("reference", lambda x: x.double())):
+        ready = [cast(leaf).detach().requires_grad_() for leaf in leaves]
+        with trifuse.backend(backend):
+            norms = trifuse.dora_norm(*ready, 0.7)
+            grads[backend] = norms, *torch.autograd.grad(norms.square().sum(), ready)
+    for found, exact in zip(grads["triton"], grads["reference"], strict=True):
+        eps = torch.finfo(found.dtype).eps
+        assert (found - exact).abs().max() <= 4 * eps * exact.abs().max()

@@ -35,6 +35,14 @@ def backward(dtype, active=None, seed=False, needs=(True, False, False, True, Tr
     lora_linear_bwd(dy, x, weight, A, B, S, scale, p, active, False, 0.1, seed, False, list(needs))
 
 
+def down(dtype, **options):
+    """What dora_linear's norms take of it: the weight times A, and the gradients of both."""
+    from trifuse.triton_kernels.lora_linear import lora_down, lora_down_bwd
+
+    (_, weight, _, A, _), _, _ = tensors(dtype, **options)
+    lora_down_bwd(lora_down(weight, A), weight, A, True, True)
+
+
 def configurations(target):
     """(name, call) of everything compiled for a target: all of it for sm_90, the main ones elsewhere."""
     everything = target == "sm_90"
@@ -57,6 +65,7 @@ def configurations(target):
             backwards = {key: value for key, value in options.items() if key != "bias"}
             yield f"bwd {name}{variant}", partial(backward, dtype, **backwards)
         if everything:
+            yield f"down {name}", partial(down, dtype)
             yield f"fwd {name} not saved", partial(forward, dtype, save=False)
             yield f"bwd {name} everything", partial(backward, dtype, seed=True, vector=True, needs=ALL)
             frozen_adapter = (True, False, False, False, False, False)

@@ -11,6 +11,7 @@ import itertools
 import torch
 
 from trifuse.triton_kernels import lora_linear_passes as passes
+from trifuse.triton_kernels import lora_linear_sums as sums
 from trifuse.triton_kernels.lora_linear_passes import Factor, Rows
 
 __all__ = ["lora_linear_multi_bwd", "lora_linear_multi_fwd"]
@@ -83,7 +84,7 @@ class _Adapters:
         """The gradient of each adapter's factor."""
         found = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in like]
         packed = like[0].new_empty((sum(one.numel() for one in like),))
-        passes.join(gradient, packed, 0, self.width, self.n)
+        sums.join(gradient, packed, 0, self.width, self.n)
         sizes = [one.numel() for one in found]
         torch.split_with_sizes_copy(packed, sizes, out=[one.view(-1) for one in found])
         return found
@@ -97,8 +98,8 @@ def lora_linear_multi_fwd(x, weight, bias, A, B, scales, index, save):
     if adapters.out == 0:
         return y, S.zero_()
     rows = adapters.rows(direct=True)
-    sums = passes.down(x, adapters.A, rows)
-    passes.up(sums, adapters.B, scales.contiguous(), 1.0, rows, y, bias=bias, S=S if save else None)
+    S_parts = passes.down(x, adapters.A, rows)
+    passes.up(S_parts, adapters.B, scales.contiguous(), 1.0, rows, y, bias=bias, S=S if save else None)
     return y.addmm_(x, weight.t()), S
 
 
@@ -122,6 +123,6 @@ def lora_linear_multi_bwd(dy, x, weight, A, B, S, scales, index, needs):
         dB = adapters.gradients(gradient_B, B)
     if needs_scales:
         places = _offsets((adapters.width,) * adapters.n, index.device)
-        passes.scale_gradient(S, Z, dscales, 1.0, rows, 0, adapters.width, places, adapters.n)
+        sums.scale_gradient(S, Z, dscales, 1.0, rows, 0, adapters.width, places, adapters.n)
     passes.base_gradients(dy, x, weight, needs, dx, dweight, dbias)
     return dx, dweight, dbias, dA, dB, dscales

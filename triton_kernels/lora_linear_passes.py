@@ -3,7 +3,7 @@
 Rows come in chunks, each of one adapter. `down_kernel`: a tile of rows times a factor, over a piece of the columns.
 `out_kernel` and `up_kernel` hold a block of columns and walk over the rows of a chunk: `out_kernel` reads dy once for
 dy B and for the gradient of B, `up_kernel` writes (t o p) F, what the base product is added to, and in the same walk
-reads x for the gradient of A. What is split up leaves partial sums, which `join_kernel` adds in a fixed order.
+reads x for the gradient of A. What is split up leaves partial sums, which lora_linear_sums.py adds up.
 """
 
 import torch
@@ -13,6 +13,7 @@ import triton.language as tl
 from trifuse.registration.common import interpreting
 from trifuse.triton_kernels import common
 from trifuse.triton_kernels.common import power_of_2, wide
+from trifuse.triton_kernels.lora_linear_sums import Gradient, add_up
 from trifuse.triton_kernels.lora_linear_tile import (
     chunk_of,
     factor_tile,
@@ -24,9 +25,7 @@ from trifuse.triton_kernels.lora_linear_tile import (
     turned,
 )
 
-__all__ = [
-    "Factor", "Rows", "backward", "base_gradients", "chunk_size", "down", "join", "readable", "scale_gradient", "up",
-]  # fmt: skip
+__all__ = ["Factor", "Rows", "backward", "base_gradients", "chunk_size", "down", "readable", "up"]
 
 PROGRAMS = 528  # four for each of 132 multiprocessors: chunks of rows are as large as leaves that many programs
 PIECES = 8  # of the columns at most; who reads the sums has them all in flight at once
@@ -195,50 +194,6 @@ def up_kernel(
         tl.store(at, gradient, mask=r_mask[:, None] & c_mask[None, :])
 
 
-@triton.jit
-def scale_kernel(S, Z, grads, chunks, order, rows, width, chunk_rows, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
-    """grads[chunk] = the sum of S o Z over its rows."""
-    _, begin, end = chunk_of(chunks, tl.program_id(0), rows, chunk_rows)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    r_mask = r < width
-    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(begin, end, BLOCK_M):
-        place = start + tl.arange(0, BLOCK_M)
-        mask = place < end
-        row = wide(row_of(order, place, mask))
-        at = (row * width)[:, None] + r[None, :]
-        mask = mask[:, None] & r_mask[None, :]
-        total += tl.load(S + at, mask=mask, other=0.0) * tl.load(Z + at, mask=mask, other=0.0)
-    tl.store(grads + wide(tl.program_id(0)) * width + r, tl.sum(total, 0), mask=r_mask)
-
-
-@triton.jit
-def join_kernel(
-    partial, out, first_chunks, offsets, strides, scale, n, low, high, rank, width, columns,
-    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BY_COLUMN: tl.constexpr,
-):  # fmt: skip
-    """out = scale times the sum of partial (n, width, columns) over each adapter's chunks; 0 outside the ranks from
-    `low` to `high`."""
-    adapter = wide(tl.program_id(0))
-    begin = wide(0)
-    end = wide(n)
-    if first_chunks is not None:
-        begin = tl.load(first_chunks + adapter)
-        end = tl.load(first_chunks + adapter + 1)
-    ranks, base, rank_stride, column_stride = factors_of(out, strides, offsets, adapter, columns, rank, BY_COLUMN)
-    e = wide(tl.program_id(1)) * BLOCK_E + tl.arange(0, BLOCK_E)
-    r = e // columns
-    c = e % columns
-    summed = (r >= low) & (r < tl.minimum(ranks, high))
-    total = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
-    for start in range(begin, end, BLOCK_P):
-        chunk = start + tl.arange(0, BLOCK_P)
-        at = partial + (chunk * width * columns)[:, None] + e[None, :]
-        total += tl.load(at, mask=(chunk < end)[:, None] & summed[None, :], other=0.0)
-    value = (scale * tl.sum(total, 0)).to(out.dtype.element_ty)
-    tl.store(base + r * rank_stride + c * column_stride, value, mask=r < ranks)
-
-
 PART_DTYPES = (torch.bfloat16,)
 """In these, three parts hold a number of float32. (float16 holds its bits, and not its range.)"""
 
@@ -294,14 +249,6 @@ class Factor:
         return blocks, meta
 
 
-class Gradient:
-    """Partial sums of a factor's gradient: (chunks, width, columns)."""
-
-    def __init__(self, rows, factor, like):
-        self.rows, self.factor = rows, factor
-        self.partial = like.new_empty((rows.n, factor.width, factor.columns), dtype=torch.float32)
-
-
 def down(x, factor, rows, dropout=(None, 0, 1.0)):
     """x~ F^T as partial sums (pieces, rows, width)."""
     (_, rank_blocks), meta = factor.sizes("down", rows, x)
@@ -322,7 +269,7 @@ def down(x, factor, rows, dropout=(None, 0, 1.0)):
 
 
 def out(dy, factor, S, p, scale, rows, sums):
-    """dy F^T (1, rows, width) if `sums`, and the gradient of the factor."""
+    """dy F^T (rows, width) if `sums`, and the gradient of the factor."""
     (column_blocks, rank_blocks), meta = factor.sizes("out", rows, dy)
     z = dy.new_empty((column_blocks, rows.rows, factor.width), dtype=torch.float32) if sums else None
     gradient = Gradient(rows, factor, dy)
@@ -331,7 +278,7 @@ def out(dy, factor, S, p, scale, rows, sums):
         dy, factor.tensor, S, p, z, gradient.partial, *rows.tables, dy.stride(0), factor.strides, scale, rows.rows,
         factor.columns, factor.rank, factor.width, rows.size, **meta,
     )  # fmt: skip
-    return _add_up(z) if sums else None, gradient
+    return add_up(z) if sums else None, gradient
 
 
 def up(t, factor, p, scale, rows, target=None, bias=None, S=None, x=None, dropout=(None, 0, 1.0)):
@@ -358,10 +305,9 @@ def backward(
     if needs_B:
         Z, gradient_B = out(dy, B, S, p, scale, rows_out, needs_Z)
     elif needs_Z:
-        Z = down(dy, B, rows_out)
-        Z = Z if Z.shape[0] == 1 else _add_up(Z)
+        Z = add_up(down(dy, B, rows_out))
     if dx is not None or needs_A:
-        gradient_A = up(Z, A, p, scale, rows_in, dx, x=x if needs_A else None, dropout=dropout)
+        gradient_A = up(Z[None], A, p, scale, rows_in, dx, x=x if needs_A else None, dropout=dropout)
     return Z, gradient_A, gradient_B
 
 
@@ -379,49 +325,3 @@ def base_gradients(dy, x, weight, needs, dx, dweight, dbias):
 def readable(dy):
     """dy as the kernels read it: columns next to each other."""
     return dy if dy.stride(1) == 1 or dy.shape[1] <= 1 else dy.contiguous()
-
-
-def _add_up(z):
-    """The sum of (blocks, rows, width) over its blocks, in their order, as (1, rows, width)."""
-    total = z.new_empty((1, *z.shape[1:]))
-    _launch_join(z, total, None, None, (z.shape[2], 1), 1.0, z.shape[0], 0, z.shape[1], z.shape[1])
-    return total
-
-
-def _launch_join(
-    partial, target, first, offsets, strides, scale, n, low, high, rank, adapters=1, by_column=False
-):  # fmt: skip
-    width, columns = partial.shape[1:]
-    common.launch(
-        join_kernel, (adapters, triton.cdiv(rank * columns, 256)),
-        partial, target, first, offsets, strides, scale, n, low, high, rank, width, columns,
-        BLOCK_P=4, BLOCK_E=256, BY_COLUMN=by_column, num_warps=4,
-    )  # fmt: skip
-
-
-def join(gradient, target, low, high, adapters=1):
-    """A gradient in its place and dtype: rows of dA, or columns of dB. Ranks outside `low` to `high` get 0."""
-    factor, rows = gradient.factor, gradient.rows
-    rank, strides = factor.width, (0, 0)
-    if rows.offsets is None:
-        strides = target.stride()[::-1] if factor.by_column else target.stride()
-        rank = target.shape[1] if factor.by_column else target.shape[0]
-    _launch_join(
-        gradient.partial, target, rows.first, rows.offsets, strides, 1.0, rows.n, low, high, rank, adapters,
-        factor.by_column,
-    )  # fmt: skip
-
-
-def scale_gradient(S, Z, target, scale, rows, low, high, offsets=None, adapters=1):
-    """`scale` times the sum of S o Z over each adapter's rows, into `target`: (ranks,), or (adapters, width) by
-    offsets. Ranks outside `low` to `high` get 0."""
-    width = S.shape[1]
-    partial = S.new_empty((rows.n, width, 1))
-    block_r = power_of_2(width, 16, RANKS)
-    common.launch(
-        scale_kernel, (rows.n, triton.cdiv(width, block_r)),
-        S, Z, partial, rows.chunks, rows.order, rows.rows, width, rows.size,
-        BLOCK_M=rows.block, BLOCK_R=block_r, num_warps=4,
-    )  # fmt: skip
-    rank = target.shape[-1]
-    _launch_join(partial, target, rows.first, offsets, (1, 1), scale, rows.n, low, high, rank, adapters)

@@ -111,7 +111,7 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Ten
     Args:
         weight: ``(N, K)``: float32, float16, bfloat16 or float64.
         lora_A: ``(r, K)``; lora_B: ``(N, r)``: in the dtype of weight, or in float32 beside half precision.
-        scale: a number, or ``(r,)``, one per rank. Everything is differentiable once.
+        scale: a number, or ``(r,)``, one per rank. Everything is differentiable once; autocast changes nothing.
 
     Returns:
         ``(N,)`` in float32 (float64 for float64): the magnitude that a ``dora_linear`` starts from.
@@ -122,12 +122,13 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Ten
     check.tensors("dora_norm", weight=weight)
     check.rank("dora_norm", "weight", weight, 2, "(N, K)")
     check.dtype("dora_norm", "weight", weight, check.SEQUENCE_DTYPES)
-    call = prepare_lora(weight[:0], weight, None, lora_A, lora_B, scale, op="dora_norm")
-    name = DORA.choose(Call(call, None, weight, True), call.device_type, weight.numel())
-    if name == "reference":
-        return reference.dora_norm(weight, call.lora_A, call.lora_B, call.scale if call.p is None else call.p)
-    common.refuse_forward_mode("dora_norm", call)
-    return _norm(name, call)
+    with torch.autocast(weight.device.type, enabled=False):
+        call = prepare_lora(weight[:0], weight, None, lora_A, lora_B, scale, op="dora_norm")
+        name = DORA.choose(Call(call, None, weight, True), call.device_type, weight.numel())
+        if name == "reference":
+            return reference.dora_norm(weight, call.lora_A, call.lora_B, call.scale if call.p is None else call.p)
+        common.refuse_forward_mode("dora_norm", call)
+        return _norm(name, call)
 
 
 def _norm(backend: str, call: LoraCall) -> Tensor:

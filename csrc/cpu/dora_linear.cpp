@@ -9,6 +9,17 @@
 
 namespace trifuse::cpu::TRIFUSE_ISA {
 
+void dora_norm(const DoraNormParams& p, const Threads& threads) {
+  with_sequence_dtype(p.dtype, [&](auto* acc, auto* type) {
+    using T = std::remove_pointer_t<decltype(acc)>;
+    using S = std::remove_pointer_t<decltype(type)>;
+    if (p.adapter_dtype == p.dtype) {
+      dora::norm<T, S, S>(p, threads);
+    } else {
+      dora::norm<T, S, T>(p, threads);
+    }
+  });
+}
 void dora_scale(const DoraParams& p, const Threads& threads) {
   with_sequence_dtype(p.dtype, [&](auto* acc, auto* type) {
     dora::scale<std::remove_pointer_t<decltype(acc)>, std::remove_pointer_t<decltype(type)>>(p, threads);

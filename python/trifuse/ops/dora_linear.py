@@ -133,6 +133,8 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Ten
 
 def _norm(backend: str, call: LoraCall) -> Tensor:
     weight = call.weight
+    if backend == "cpp" and not common.needs_grad((weight, call.lora_A, call.lora_B, call.p)):
+        return kernels.norm(rows(weight), call.lora_A, call.lora_B, call.scale, call.p)
     acc = common.accumulation_dtype(weight)
     factor = call.scale if call.p is None else call.p
     A, B = call.lora_A.to(acc), call.lora_B.to(acc) * factor

@@ -16,6 +16,7 @@ from trifuse.registration import lora_linear as lora
 
 _SCALE = "(Tensor plain, Tensor factors, Tensor? bias) -> Tensor"
 _SCALE_BWD = "(Tensor dy, Tensor plain, Tensor factors, bool factors_grad) -> (Tensor dplain, Tensor dfactors)"
+_NORM = "(Tensor weight, Tensor lora_A, Tensor lora_B, float scale, Tensor? p) -> Tensor"
 _DOWN = "(Tensor x, Tensor lora_A) -> Tensor"
 _FWD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor factors, float scale, Tensor? p,"
@@ -35,6 +36,10 @@ def _scale_fake(plain, factors, bias):
 
 def _scale_bwd_fake(dy, plain, factors, factors_grad):
     return plain.new_empty(plain.shape), factors.new_empty(factors.shape if factors_grad else (0,))
+
+
+def _norm_fake(weight, lora_A, lora_B, scale, p):
+    return weight.new_empty(weight.shape[:1], dtype=common.accumulation_dtype(weight))
 
 
 def _down_fake(x, lora_A):
@@ -61,6 +66,9 @@ for _name, _schema, _fake in (("dora_scale", _SCALE, _scale_fake), ("dora_scale_
     torch.library.register_fake(f"trifuse::{_name}", _fake, lib=LIB)
     torch.library.register_autograd(f"trifuse::{_name}", common.no_second_derivative("dora_linear"), lib=LIB)
 
+LIB.define("dora_norm_fwd" + _NORM)
+torch.library.register_fake("trifuse::dora_norm_fwd", _norm_fake, lib=LIB)
+torch.library.register_autograd("trifuse::dora_norm_fwd", common.no_second_derivative("dora_linear"), lib=LIB)
 common.define("lora_down", _DOWN, _down_fake)
 common.define("lora_down_bwd", _DOWN_BWD, _down_bwd_fake)
 for _suffix in common.SUFFIXES:
@@ -188,6 +196,12 @@ _DOWN = {  # made here: a class is nothing that torch.compile could trace
     )
     for suffix in common.SUFFIXES
 }
+
+
+def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, p: Tensor | None) -> Tensor:
+    """The norms on a CPU, where no gradient is asked of them."""
+    with torch.no_grad():
+        return common.call_eagerly("dora_norm_fwd", weight, lora_A, lora_B, scale, p)
 
 
 def down(backend: str, x: Tensor, lora_A: Tensor) -> Tensor:

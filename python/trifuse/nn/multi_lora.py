@@ -180,9 +180,10 @@ class MultiLoRALinear(nn.Linear):
             return ops.lora_linear(
                 x, self.weight, bias, self.lora_A[name], self.lora_B[name], self.scale[name], training=self.training
             )
+        A, B = self.lora_A._parameters, self.lora_B._parameters  # not by their dictionaries, which look up each twice
         return ops.lora_linear_multi(
-            x, self.weight, bias, [self.lora_A[name] for name in names], [self.lora_B[name] for name in names],
-            list(self.scale.values()), self._per_row(index, x),
+            x, self.weight, bias, [A[name] for name in names], [B[name] for name in names], list(self.scale.values()),
+            self._per_row(index, x),
         )  # fmt: skip
 
     def _per_row(self, index: Tensor, x: Tensor) -> Tensor:

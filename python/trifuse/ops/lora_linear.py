@@ -179,6 +179,13 @@ def adapter(
     op: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, where: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Check the two factors; their rows are contiguous afterwards."""
+    if isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor) and lora_A.dim() == 2:  # the usual, at one look
+        rank, dtype, device = lora_A.shape[0], lora_A.dtype, lora_A.device
+        known = dtype == x.dtype or (dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16))
+        shapes = rank > 0 and lora_A.shape[1] == weight.shape[1] and lora_B.shape == (weight.shape[0], rank)
+        alike = lora_B.dtype == dtype and lora_B.device == device == x.device
+        if known and shapes and alike and lora_A.is_contiguous() and lora_B.is_contiguous():
+            return lora_A, lora_B
     name_A, name_B = ("lora_A", "lora_B") if not where else (f"A_list[{where}]", f"B_list[{where}]")
     check.tensors(op, **{name_A: lora_A, name_B: lora_B})
     check.rank(op, name_A, lora_A, 2, "(r, K)")

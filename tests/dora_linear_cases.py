@@ -12,9 +12,9 @@ import trifuse
 FLOATS = (*lora.FLOATS, "magnitude")
 
 
-def make(out=24, dtype=torch.float32, seed=0, magnitude_dtype=None, **options):
+def make(rows=37, out=24, dtype=torch.float32, seed=0, magnitude_dtype=None, **options):
     """Arguments of one call, in their dtypes; the magnitude is not the norm of the start, but near it."""
-    tensors = lora.make(out=out, dtype=dtype, seed=seed, **options)
+    tensors = lora.make(rows, out=out, dtype=dtype, seed=seed, **options)
     g = torch.Generator().manual_seed(seed + 1)
     magnitude = 1 + torch.rand(out, generator=g, dtype=torch.float64)
     return tensors | {"magnitude": magnitude.to(magnitude_dtype or torch.promote_types(dtype, torch.float32))}

@@ -44,7 +44,8 @@ def test_it_is_a_linear_layer_of_the_adapted_weight(backend, detach_norm, vector
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], msg=name)
     other = run(backend, tensors, detach_norm=not detach_norm)
-    assert torch.equal(other["y"], found["y"]) and not torch.allclose(other["dlora_A"], found["dlora_A"])
+    torch.testing.assert_close(other["y"], found["y"])
+    assert not torch.allclose(other["dlora_A"], found["dlora_A"])
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=cpp_only)])
@@ -240,6 +241,28 @@ def test_any_call_keeps_the_tolerance(backend, device, case):
 @pytest.mark.parametrize("rows, columns, out", [(130, 45, 83), (3, 70, 530)])
 def test_every_instruction_set(isa, dtype, rows, columns, out):
     check("cpp", make(rows=rows, columns=columns, out=out, dtype=dtype, vector=True), dropout=0.1, seed=1)
+
+
+@cpp_only
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("columns, out, rank", [(1, 1, 1), (45, 83, 5), (530, 300, 17), (0, 3, 2), (3, 0, 2)])
+def test_norms_of_every_instruction_set(isa, dtype, columns, out, rank):
+    """Without a gradient they are a pass of their own."""
+    for adapter in (torch.float32, dtype):
+        tensors = make(1, columns=columns, out=out, rank=rank, dtype=dtype, adapter_dtype=adapter, vector=rank > 1)
+        tensors = only_norm(tensors)
+        check("cpp", tensors, function=trifuse.dora_norm, needs=())
+        tensors |= {name: tensors[name].t().contiguous().t() for name in ("weight", "lora_A", "lora_B")}
+        check("cpp", tensors, function=trifuse.dora_norm, needs=())
+
+
+@cpp_only
+def test_norms_do_not_depend_on_the_number_of_threads(threads):
+    tensors, results = only_norm(make(1, columns=700, out=900, rank=9)), []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        results.append(run("cpp", tensors, function=trifuse.dora_norm, needs=())["y"])
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @cpp_only

@@ -91,6 +91,9 @@ def test_opcheck_of_what_norms_are_made_of(device, backend, dtype):
     weight, A = made["weight"].detach(), made["lora_A"].detach()
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(gradient, (torch.randn_like(down(weight, A)), weight, A, *needs))
+    if backend == "cpp":
+        for p in (None, torch.rand(4)):
+            torch.library.opcheck(torch.ops.trifuse.dora_norm_fwd.default, (weight, A, made["lora_B"].detach(), 0.5, p))
 
 
 @every_option

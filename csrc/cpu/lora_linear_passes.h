@@ -52,7 +52,7 @@ inline Cut cut_of(const LoraParams& p, int64_t columns) {
   cut.chunk = chunk_of(columns);
   cut.rows = p.rows;
   const bool fits = p.max_rank * columns <= 65536;  // the packed factor and the sums stay in the second cache
-  if (p.n_adapters != 1 || p.rows < 8 * kBlockRows || !fits) return cut;
+  if (p.n_adapters != 1 || p.rows < 8 * kBlockRows || columns == 0 || !fits) return cut;
   cut.rows = std::max<int64_t>(4 * kBlockRows, rounded_up((p.rows + 7) / 8, kBlockRows));
   cut.groups = (p.rows + cut.rows - 1) / cut.rows;
   cut.chunk = columns;

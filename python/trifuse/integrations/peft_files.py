@@ -25,6 +25,7 @@ from trifuse.integrations.placing import (
     place,
 )
 from trifuse.nn import DoRALinear, LoRAConv1d, LoRAEmbedding, LoRALinear, MultiLoRALinear
+from trifuse.nn.low_rank import adapted_by
 
 __all__ = ["load_peft", "save_peft"]
 
@@ -300,7 +301,7 @@ def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _trained(model: nn.Module, layers: Mapping[str, nn.Module], config: Config) -> dict[str, Tensor]:
     """What is trained beside adapters, by PEFT's names; sets ``bias`` and ``modules_to_save``."""
-    trained = [name for name, one in model.named_parameters() if one.requires_grad and "lora_" not in name]
+    trained = [name for name, one in model.named_parameters() if one.requires_grad and adapted_by(name) is None]
     biases = {name for name in trained if name.rpartition(".")[2] == "bias"}
     of_layers = {f"{name}.bias" for name, layer in layers.items() if getattr(layer, "bias", None) is not None}
     every = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}

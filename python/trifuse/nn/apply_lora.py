@@ -15,7 +15,7 @@ from trifuse.nn.dylora import DyLoRAConv1d, DyLoRALinear
 from trifuse.nn.lora import LoRALinear
 from trifuse.nn.lora_conv1d import LoRAConv1d
 from trifuse.nn.lora_embedding import LoRAEmbedding
-from trifuse.nn.low_rank import check_options, scale_of
+from trifuse.nn.low_rank import adapted_by, check_options, scale_of
 from trifuse.nn.mamba_buffers import bypasses, mamba_buffers
 from trifuse.nn.multi_lora import MultiLoRALinear
 
@@ -299,7 +299,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """
     _check_bias("mark_only_lora_as_trainable", bias)
     names = [name for name, _ in model.named_parameters()]
-    if not any("lora_" in name for name in names):
+    if not any(adapted_by(name) is not None for name in names):
         raise ValueError("mark_only_lora_as_trainable: the model has no adapters; trifuse.apply_lora makes them")
     trained = set(_chosen(names, bias))
     for name, parameter in model.named_parameters():
@@ -319,11 +319,11 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 
 def _chosen(names: list[str], bias: str) -> list[str]:
-    adapted = {name.partition("lora_")[0] for name in names if "lora_" in name}
+    adapted = {adapted_by(name) for name in names}
     return [
         name
         for name in names
-        if "lora_" in name
+        if adapted_by(name) is not None
         or (bias == "all" and name.rpartition(".")[2] == "bias")
         or (bias == "lora_only" and name.rpartition(".")[2] == "bias" and name.removesuffix("bias") in adapted)
     ]

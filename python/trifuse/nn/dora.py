@@ -100,7 +100,8 @@ class DoRALinear(LoRALinear):
         kept = matrix.clone()
         A, B, factor = self._update()
         wide = torch.promote_types(matrix.dtype, torch.float32)
-        ratio = self.lora_magnitude.to(wide) / self._lengths(matrix).to(wide)
+        lengths = self._lengths(matrix).to(wide)
+        ratio = torch.where(lengths > 0, self.lora_magnitude.to(wide) / torch.where(lengths > 0, lengths, 1), 0)
         for start in range(0, matrix.shape[0], 1024):  # a few rows at a time in float32
             part = slice(start, start + 1024)
             whole = torch.addmm(matrix[part].to(wide), B[part].to(wide), A.to(wide), alpha=factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from trifuse import ops
 
-__all__ = ["SCALINGS", "LowRank", "adapter_dtype_beside", "check_options", "scale_of", "take_over"]
+__all__ = ["SCALINGS", "LowRank", "adapted_by", "adapter_dtype_beside", "check_options", "scale_of", "take_over"]
 
 SCALINGS = ("lora", "rslora")
 _NO_REPLACEMENT = "it must be a plain one, whose forward an adapter can take the place of"
@@ -337,6 +338,12 @@ def adapter_dtype_beside(name: str, weight: Tensor, dtype: torch.dtype | None) -
 
 def scale_of(alpha: float, rank: int, scaling: str) -> float:
     return alpha / (rank if scaling == "lora" else math.sqrt(rank))
+
+
+def adapted_by(name: str) -> str | None:
+    """The prefix of the layer that a parameter of this name adapts, or None if it is of no adapter."""
+    found = re.search(r"(^|\.)lora_", name)
+    return None if found is None else name[: found.end(1)]
 
 
 def check_options(name: str, rank: Any, alpha: Any, dropout: Any, scaling: Any, *, alpha_name: str = "alpha") -> None:

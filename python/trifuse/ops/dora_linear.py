@@ -57,7 +57,9 @@ def dora_linear(
     ``magnitude / ‖W + scale B A‖ * (x Wᵀ + scale dropout(x) Aᵀ Bᵀ) + bias``.
 
     The norms come from the factors: nothing of the size of W is made, forward or backward, unless W has a gradient.
-    Kept for the backward pass are x, ``dropout(x) Aᵀ``, the seed, and the product that the magnitude scales.
+    Kept for the backward pass are x, ``dropout(x) Aᵀ``, the seed, and the product that the magnitude scales. Where the
+    norm is 0 so is the output, but for the bias. The factored norm loses digits where ``scale B A`` all but cancels a
+    row of W.
 
     Args:
         x: ``(..., K)``: float32, float16, bfloat16 or float64. Any strides.
@@ -100,7 +102,9 @@ def dora_linear(
                 norm = _norm(name, one)
         else:
             norm = _norm(name, one)
-        return kernels.linear(name, call, call.magnitude.to(norm.dtype) / norm)
+        there = norm > 0
+        factors = torch.where(there, call.magnitude.to(norm.dtype) / torch.where(there, norm, 1), 0)
+        return kernels.linear(name, call, factors)
 
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float | Tensor = 1.0) -> Tensor:

@@ -94,7 +94,7 @@ def lora_linear(
     "DyLoRA", 2022 (arXiv 2210.07558); Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     2023 (arXiv 2312.03732).
     """
-    y = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout, seed, training)
+    y, seed = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout, seed, training)
     if y is not None:
         return y
     call = prepare(
@@ -120,29 +120,29 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: object, active_rank: object,
     frozen: bool, dropout: object, seed: object, training: bool,
-) -> Tensor | None:  # fmt: skip
+) -> tuple[Tensor | None, int | Tensor | None]:  # fmt: skip
     """The output on a CPU in one call that looks at its arguments itself; None where it does not take them, or where
-    they are wrong: then the long way says so."""
+    they are wrong: then the long way says so. And the seed, drawn if need be: once, whichever way is taken."""
     arguments = (x, weight, bias, lora_A, lora_B)
     if not _HAS_KERNEL or not all(one is None or (type(one) in _PLAIN and one.is_cpu) for one in arguments):
-        return None
+        return None, seed
     if x is None or weight is None or lora_A is None or lora_B is None or lora_A.dim() != 2 or weight.dim() != 2:
-        return None
+        return None, seed
     if type(scale) not in (float, int) or type(dropout) not in (float, int) or torch.is_autocast_enabled("cpu"):
-        return None
+        return None, seed
     if active_rank is None:
         active_rank = lora_A.shape[0]
     if type(active_rank) is not int or not common.is_eager(()) or forced_backend() not in (None, "cpp"):
-        return None
+        return None, seed
     if forward_ad._current_level >= 0:
-        return None
+        return None, seed
     if dropout and training:
         seed = dropout_seed("lora_linear", x, dropout, seed, True)
     elif seed is not None or not 0 <= dropout < 1:
-        return None
+        return None, seed
     else:
         dropout = 0.0
-    return kernels.plain(*arguments, float(scale), active_rank, frozen, float(dropout), seed)
+    return kernels.plain(*arguments, float(scale), active_rank, frozen, float(dropout), seed), seed
 
 
 def prepare(

@@ -112,6 +112,12 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned. Moments stay in their own precision."""
+        groups = state_dict.get("param_groups", [])
+        if any("rank_dim" not in group or "lr_ratio" not in group for group in groups):
+            raise ValueError(
+                "LowRankAdamW: state_dict is that of another optimizer: its groups have no rank_dim or lr_ratio, its "
+                "states no steps per rank"
+            )
         super().load_state_dict(state_dict)
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         here = itertools.chain.from_iterable(group["params"] for group in self.param_groups)

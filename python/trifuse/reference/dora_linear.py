@@ -37,6 +37,8 @@ def dora_linear(
 ) -> Tensor:
     """``lora_linear(x)`` without its bias, times ``magnitude / dora_norm(...)`` by columns, plus bias.
 
+    Where the norm is 0 the factor is 0.
+
     Args:
         x: ``(..., K)``; weight: ``(N, K)``; bias: ``(N,)`` or None; lora_A: ``(r, K)``; lora_B: ``(N, r)``.
         magnitude: ``(N,)``.
@@ -51,7 +53,8 @@ def dora_linear(
     """
     acc = torch.promote_types(x.dtype, torch.float32)
     norm = dora_norm(weight, lora_A, lora_B, scale)
-    factors = magnitude.to(acc) / (norm.detach() if detach_norm else norm)
+    norm = norm.detach() if detach_norm else norm
+    factors = torch.where(norm > 0, magnitude.to(acc) / torch.where(norm > 0, norm, 1), 0)
     plain = lora_linear(
         x.to(acc), weight.to(acc), None, lora_A.to(acc), lora_B.to(acc), scale, dropout=dropout, seed=seed
     )

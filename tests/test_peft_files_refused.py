@@ -33,7 +33,9 @@ UNSUPPORTED = {
     "lora_alpha": -1,
     "lora_dropout": 1.0,
     "target_modules": None,
+    "use_rslora": "x",
 }
+MALFORMED = {"rank_pattern": {"[": 2}, "alpha_pattern": [1]}
 
 
 def refused(made, folder, match, error=ValueError):
@@ -52,6 +54,27 @@ def test_an_unsupported_option_is_named(option, value, tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
     refused(model(), tmp_path, f"^load_peft: {option} is ")
+
+
+@pytest.mark.parametrize(("option", "value"), MALFORMED.items(), ids=list(MALFORMED))
+def test_a_malformed_pattern_is_named(option, value, tmp_path):
+    saved_by_peft(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
+    refused(model(), tmp_path, f"^load_peft: {option} (is|holds) ")
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_configuration_that_is_none_is_refused(text, tmp_path):
+    saved_by_peft(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    refused(model(), tmp_path, "^load_peft: .*adapter_config.json")
+
+
+def test_a_file_that_holds_no_tensors_is_refused(tmp_path):
+    saved_by_peft(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    refused(model(), tmp_path, "^load_peft: .*no safetensors file")
 
 
 def edited(folder, edit, **options):

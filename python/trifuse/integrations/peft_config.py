@@ -110,7 +110,12 @@ def read_config(folder: Path) -> Config:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{_CALLER}: there is no {path}; the folder must be one that PEFT saved an adapter in")
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{_CALLER}: {path} is no JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{_CALLER}: {path} holds {type(values).__name__}; it must hold the options of one adapter")
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{_CALLER}: peft_type is {kind!r}; it must be 'LORA'")
@@ -130,6 +135,21 @@ def read_config(folder: Path) -> Config:
 
 
 def _check(config: Config) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option)
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{_CALLER}: {option} is {patterns!r}; it must be a dictionary of names")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{_CALLER}: {option} holds {pattern!r}, no regular expression ({error})") from error
+    for option in ("use_rslora", "use_dora"):
+        if not isinstance(getattr(config, option), bool):
+            raise ValueError(f"{_CALLER}: {option} is {getattr(config, option)!r}; it must be true or false")
+    dropout = config.lora_dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise ValueError(f"{_CALLER}: lora_dropout is {dropout!r}; it must be a number")
     for option, ranks in (("r", [config.r]), ("rank_pattern", config.rank_pattern.values())):
         for rank in ranks:
             if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:

@@ -108,7 +108,11 @@ def _read_tensors(folder: Path, config: Config) -> tuple[dict[str, Adapter], dic
         raise FileNotFoundError(f"load_peft: there is no {path}{also if pickled.is_file() else ''}")
     parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    for key, tensor in safetensors.torch.load_file(path).items():
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load_peft: {path} is no safetensors file ({error})") from error
+    for key, tensor in tensors.items():
         key = key.removeprefix(_PREFIX)
         ending = next((one for one in _PARTS if key.endswith(one)), None)
         if ending is None:

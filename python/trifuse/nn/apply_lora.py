@@ -238,7 +238,11 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 
 def _pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        try:
+            found = re.fullmatch(rf"(.*\.)?({pattern})", name)
+        except re.error as error:
+            raise ValueError(f"{_NAME}: a pattern is {pattern!r}, no regular expression ({error})") from error
+        if found:
             return value
     return default
 

@@ -226,7 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base-steps", type=int, default=200, help="of the base model (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=100, help="of LoRA at each rank; DyLoRA takes twice as many (default: %(default)s)"
+        "--steps", type=int, default=60, help="of LoRA at each rank; DyLoRA takes twice as many (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep the adapter in PEFT's format there")

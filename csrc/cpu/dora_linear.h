@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dora_linear_rows.h"
 #include "isa.h"
+#include "lora_linear_tiles.h"
 #include "rows.h"
 #include "trifuse/dora_linear.h"
 
@@ -52,8 +54,6 @@ void scale(const DoraParams& p, const Threads& threads) {
 
 template <class T, class S>
 void scale_backward(const DoraParams& p, const Threads& threads) {
-  constexpr int64_t lanes = kLanes<T>;
-  const T* factors = static_cast<const T*>(p.factors);
   const int64_t step = rows_of_group(p.rows), groups = (p.rows + step - 1) / step;
   const int64_t ld = padded<T>(p.columns);
   Scratch memory(Scratch::bytes_of<T>(p.dfactors ? groups * 2 * ld : 0));
@@ -63,22 +63,9 @@ void scale_backward(const DoraParams& p, const Threads& threads) {
     T* some = p.dfactors ? total + ld : nullptr;
     if (total) std::fill(total, total + 2 * ld, T(0));
     for (int64_t m = first; m < last; ++m) {
-      const S* dy = static_cast<const S*>(p.dy) + m * p.columns;
-      const S* plain = static_cast<const S*>(p.plain) + m * p.columns;
-      S* dplain = static_cast<S*>(p.dplain) + m * p.columns;
-      int64_t c = 0;
-      for (; c + lanes <= p.columns; c += lanes) {
-        const Vec<T> g = load_as<T>(dy + c);
-        store_as<T>(dplain + c, load<T>(factors + c) * g);
-        if (some) store<T>(some + c, load<T>(some + c) + g * load_as<T>(plain + c));
-      }
-      for (; c < p.columns; ++c) {
-        const T g = scalar_as<T>(dy[c]);
-        dplain[c] = scalar_from<S>(factors[c] * g);
-        if (some) some[c] += g * scalar_as<T>(plain[c]);
-      }
+      scale_row<T, S>(p, static_cast<const S*>(p.dy) + m * p.columns, m, 0, p.columns, some);
       if (some && ((m - first) % kSummed == kSummed - 1 || m + 1 == last)) {
-        for (c = 0; c < p.columns; ++c) total[c] += some[c], some[c] = 0;
+        for (int64_t c = 0; c < p.columns; ++c) total[c] += some[c], some[c] = 0;
       }
     }
   });
@@ -90,39 +77,74 @@ void scale_backward(const DoraParams& p, const Threads& threads) {
   }
 }
 
-// norm[n] = sqrt(sum w^2 + b (2 mixed[n] + gram b)), with b the row of B times the ranks' factors.
+template <class T, class S>
+TRIFUSE_INLINE T sum_of_squares(const S* w, int64_t columns) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> squares[4] = {splat(T(0)), splat(T(0)), splat(T(0)), splat(T(0))};
+  int64_t c = 0;
+  for (; c + 4 * lanes <= columns; c += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec<T> x = load_as<T>(w + c + i * lanes);
+      squares[i] += x * x;
+    }
+  }
+  T total = sum_lanes<T>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  for (; c < columns; ++c) total += scalar_as<T>(w[c]) * scalar_as<T>(w[c]);
+  return total;
+}
+
+// norm[n] = sqrt(sum w^2 + b (2 A w + A A^T b)), with b the row of B times the ranks' factors. A few rows of W at a
+// time: the first cache keeps them from their products with A to their squares.
 template <class T, class S, class B>
 void norm(const DoraNormParams& p, const Threads& threads) {
-  constexpr int64_t lanes = kLanes<T>;
-  const T *gram = static_cast<const T*>(p.gram), *mixed = static_cast<const T*>(p.mixed);
+  constexpr int group = lora::kDotRows<T>;
+  const int64_t rank = p.rank, ld = padded<T>(p.columns) + kLanes<T>;
+  constexpr bool convert = !std::is_same_v<T, B>;
+  Scratch shared(Scratch::bytes_of<T>(convert ? rank * ld : 0) + Scratch::bytes_of<T>(rank * rank) +
+                 2 * Scratch::bytes_of<const T*>(rank));
+  T* packed = shared.take<T>(convert ? rank * ld : 0);
+  T* gram = shared.take<T>(rank * rank);
+  const T** rows_of_A = shared.take<const T*>(rank);
+  T** rows_of_gram = shared.take<T*>(rank);
+  for (int64_t r = 0; r < rank; ++r) {
+    const B* from = static_cast<const B*>(p.A) + r * p.A_row;
+    if constexpr (convert) {
+      lora::load_row<T>(packed + r * ld, ld, from, p.columns);
+      rows_of_A[r] = packed + r * ld;
+    } else {
+      rows_of_A[r] = from;
+    }
+    rows_of_gram[r] = gram + r * rank;
+  }
+  lora::all_dots<T, T>(rows_of_A, rank, rows_of_A, rank, p.columns, rows_of_gram);
   over_groups(p.rows, p.columns, threads, [&](int64_t first, int64_t last) {
-    Scratch memory(Scratch::bytes_of<T>(p.rank));
-    T* b = memory.take<T>(p.rank);
-    for (int64_t n = first; n < last; ++n) {
-      const S* w = static_cast<const S*>(p.weight) + n * p.weight_row;
-      Vec<T> squares[4] = {splat(T(0)), splat(T(0)), splat(T(0)), splat(T(0))};
-      int64_t c = 0;
-      for (; c + 4 * lanes <= p.columns; c += 4 * lanes) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Vec<T> x = load_as<T>(w + c + i * lanes);
-          squares[i] += x * x;
+    Scratch memory(Scratch::bytes_of<T>(rank) + Scratch::bytes_of<T>(group * rank));
+    T* b = memory.take<T>(rank);
+    T* mixed = memory.take<T>(group * rank);
+    for (int64_t n = first; n < last; n += group) {
+      const int64_t rows = std::min<int64_t>(group, last - n);
+      const S* w[group];
+      T* out[group];
+      for (int64_t i = 0; i < rows; ++i) {
+        w[i] = static_cast<const S*>(p.weight) + (n + i) * p.weight_row;
+        out[i] = mixed + i * rank;
+      }
+      lora::all_dots<T, S>(w, rows, rows_of_A, rank, p.columns, out);
+      for (int64_t i = 0; i < rows; ++i) {
+        const B* row = static_cast<const B*>(p.B) + (n + i) * p.B_row;
+        for (int64_t r = 0; r < rank; ++r) {
+          b[r] = scalar_as<T>(row[r]) * T(p.scale) * (p.p ? static_cast<const T*>(p.p)[r] : T(1));
         }
+        T more = 0;
+        for (int64_t r = 0; r < rank; ++r) {
+          T of_rank = 2 * out[i][r];
+          for (int64_t k = 0; k < rank; ++k) of_rank += gram[r * rank + k] * b[k];
+          more += b[r] * of_rank;
+        }
+        const T total = sum_of_squares<T>(w[i], p.columns) + more;
+        static_cast<T*>(p.norm)[n + i] = total > 0 ? std::sqrt(total) : (total == total ? T(0) : total);
       }
-      T total = sum_lanes<T>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-      for (; c < p.columns; ++c) total += scalar_as<T>(w[c]) * scalar_as<T>(w[c]);
-      const B* row = static_cast<const B*>(p.B) + n * p.B_row;
-      for (int64_t r = 0; r < p.rank; ++r) {
-        b[r] = scalar_as<T>(row[r]) * T(p.scale) * (p.p ? static_cast<const T*>(p.p)[r] : T(1));
-      }
-      T more = 0;
-      for (int64_t r = 0; r < p.rank; ++r) {
-        T of_rank = 2 * mixed[n * p.rank + r];
-        for (int64_t k = 0; k < p.rank; ++k) of_rank += gram[r * p.rank + k] * b[k];
-        more += b[r] * of_rank;
-      }
-      total += more;
-      static_cast<T*>(p.norm)[n] = total > 0 ? std::sqrt(total) : (total == total ? T(0) : total);
     }
   });
 }

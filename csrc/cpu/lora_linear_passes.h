@@ -2,137 +2,13 @@
 // computes depends on the sizes alone, and every number is summed in one order, so results do not depend on threads.
 #pragma once
 
-#include <vector>
-
-#include "isa.h"
+#include "dora_linear_rows.h"
+#include "lora_linear_tasks.h"
 #include "lora_linear_tiles.h"
-#include "trifuse/lora_linear.h"
 
 namespace trifuse::cpu {
 namespace {
 namespace lora {
-
-// One piece of a pass: rows [begin, end) of the order, columns [from, to) (of ranks: in `down`).
-struct Task {
-  const LoraAdapter* adapter;
-  int64_t begin, end;
-  int64_t from, to;
-};
-
-constexpr int64_t kStep = 512;  // columns that a block of rows is taken through at a time
-
-inline int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Columns of a task: enough to sum along, few enough for their factors to stay in the first cache. A multiple of 64,
-// as dropout's words are.
-inline int64_t chunk_of(int64_t columns) { return std::max<int64_t>(256, rounded_up((columns + 15) / 16, 64)); }
-
-// Columns of a packed factor, one vector more than they need: rows a power of two apart would share a set of the cache.
-template <class T>
-constexpr int64_t spaced(int64_t columns) {
-  return padded<T>(columns) + kLanes<T>;
-}
-
-inline int64_t row_of(const LoraParams& p, int64_t i) { return p.order ? p.order[i] : i; }
-
-template <class T>
-T factor_of(const LoraAdapter& a, int64_t rank) {
-  return T(a.scale) * (a.p ? static_cast<const T*>(a.p)[rank] : T(1));
-}
-
-// How a pass that sums over rows is cut. Many rows of one adapter are cut into groups, which read whole rows and have
-// sums of their own, added in order afterwards; else chunks of columns go through all rows.
-struct Cut {
-  int64_t groups = 1;
-  int64_t rows = 0;   // of a group
-  int64_t chunk = 0;  // columns of a task
-};
-inline Cut cut_of(const LoraParams& p, int64_t columns) {
-  Cut cut;
-  cut.chunk = chunk_of(columns);
-  cut.rows = p.rows;
-  const bool fits = p.max_rank * columns <= 65536;  // the packed factor and the sums stay in the second cache
-  if (p.n_adapters != 1 || p.rows < 8 * kBlockRows || columns == 0 || !fits) return cut;
-  cut.rows = std::max<int64_t>(4 * kBlockRows, rounded_up((p.rows + 7) / 8, kBlockRows));
-  cut.groups = (p.rows + cut.rows - 1) / cut.rows;
-  cut.chunk = columns;
-  return cut;
-}
-
-// Chunks of columns of every adapter's rows.
-inline std::vector<Task> column_tasks(const LoraParams& p, int64_t columns, int64_t chunk, bool without_rank) {
-  std::vector<Task> tasks;
-  for (int64_t a = 0; a < p.n_adapters; ++a) {
-    const LoraAdapter& one = p.adapters[a];
-    if (one.rank == 0 && (!without_rank || one.begin == one.end)) continue;
-    for (int64_t c = 0; c < columns; c += chunk) {
-      tasks.push_back({&one, one.begin, one.end, c, std::min(c + chunk, columns)});
-    }
-  }
-  return tasks;
-}
-
-// Memory of one thread that grows with its tasks. (Not a vector of a plain type: its functions would be compiled once
-// per instruction set under one name.)
-class Memory {
- public:
-  ~Memory() { std::free(begin_); }
-  char* at_least(int64_t bytes) {
-    if (size_ < bytes) {
-      std::free(begin_);
-      begin_ = static_cast<char*>(std::malloc(size_t(bytes)));
-      if (!begin_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return begin_;
-  }
-
- private:
-  char* begin_ = nullptr;
-  int64_t size_ = 0;
-};
-
-// The matrices of one task, each on a vector boundary.
-class Arena {
- public:
-  Arena(Memory& memory, int64_t bytes) : next_(memory.at_least(bytes + 64)) {
-    next_ += (64 - reinterpret_cast<uintptr_t>(next_) % 64) % 64;
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(next_);
-    next_ += Scratch::bytes_of<T>(count);
-    return taken;
-  }
-
- private:
-  char* next_;
-};
-
-// The tasks of a pass that is cut so.
-inline std::vector<Task> cut_tasks(const LoraParams& p, int64_t columns, const Cut& cut, bool without_rank) {
-  if (cut.groups == 1) return column_tasks(p, columns, cut.chunk, without_rank);
-  std::vector<Task> tasks;
-  for (int64_t m = 0; m < p.rows; m += cut.rows) {
-    tasks.push_back({p.adapters, m, std::min(m + cut.rows, p.rows), 0, columns});
-  }
-  return tasks;
-}
-
-// A small pass is done before a second thread has woken up.
-inline Threads enough(const LoraParams& p, int64_t columns, const Threads& threads) {
-  Threads some = threads;
-  if (p.rows * columns * std::max<int64_t>(p.max_rank, 1) < 65536) some.count = 1;
-  return some;
-}
-
-template <class Body>
-void run(const Threads& threads, const std::vector<Task>& tasks, const Body& body) {
-  parallel(threads, int64_t(tasks.size()), [&](int64_t begin, int64_t end) {
-    Memory memory;
-    for (int64_t i = begin; i < end; ++i) body(tasks[i], memory);
-  });
-}
 
 // Rows of A from `first` on, columns [from, to), as padded T; where they are T already, the rows themselves.
 template <class T, class A>
@@ -218,7 +94,7 @@ void down(const LoraParams& p, const Threads& threads) {
 // S, B, bias -> y.
 template <class T, class S, class B>
 void up(const LoraParams& p, const Threads& threads) {
-  const std::vector<Task> tasks = column_tasks(p, p.out, chunk_of(p.out), true);
+  const std::vector<Task> tasks = cut_tasks(p, p.out, cut_of(p, p.out), true);
   run(enough(p, p.out, threads), tasks, [&](const Task& task, Memory& memory) {
     const LoraAdapter& a = *task.adapter;
     const int64_t columns = task.to - task.from, ld = spaced<T>(columns);
@@ -244,7 +120,7 @@ void up(const LoraParams& p, const Threads& threads) {
       S* out[kBlockRows];
       for (int64_t i = 0; i < b.rows; ++i) out[i] = static_cast<S*>(p.y) + row_of(p, m + i) * p.y_row + task.from;
       load_factors(factors, b.factors_ld, p, p.S, p.S_row, a, m, b.rows);
-      expand<T, S>(b, out);
+      expand_by_rows<T, S>(b, out);
     }
   });
 }
@@ -294,6 +170,20 @@ struct GroupSums {
   T* all;
 };
 
+// What dora_linear asks of a block of rows: dy is scaled, and the sums of its products with what was scaled are added
+// to `sums`. From then on the block's rows are the scaled ones.
+template <class T, class S>
+void scale_block(const LoraParams& p, const S** dy, int64_t begin, int64_t rows, int64_t from, int64_t columns,
+                 T* sums) {
+  T some[kStep] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = row_of(p, begin + i);
+    dora::scale_row<T, S>(*p.dora, dy[i], row, from, columns, sums ? some : nullptr);
+    dy[i] = static_cast<const S*>(p.dora->dplain) + row * p.out + from;
+  }
+  for (int64_t c = 0; sums && c < columns; ++c) sums[c] += some[c];
+}
+
 // dy, S, B -> Z, dB. Every chunk of columns has its own part of Z; the parts are added in order afterwards.
 template <class T, class S, class B>
 void backward_out(const LoraParams& p, const Threads& threads) {
@@ -302,6 +192,8 @@ void backward_out(const LoraParams& p, const Threads& threads) {
   const int64_t chunk = cut.chunk, chunks = (p.out + chunk - 1) / chunk, width = p.max_rank;
   const int64_t all_ranks = rounded_up(width, 4);
   GroupSums<T> groups(cut, p.adapters->dB, all_ranks, p.out);
+  const bool factors_grad = p.dora && p.dora->dfactors;
+  GroupSums<T> factor_groups(cut, factors_grad, 1, p.out);
   const int64_t part = chunks > 1 ? p.rows * width : 0;
   Scratch scratch(Scratch::bytes_of<T>(chunks * part));
   T* const parts = scratch.take<T>(chunks * part);
@@ -309,13 +201,15 @@ void backward_out(const LoraParams& p, const Threads& threads) {
     const LoraAdapter& a = *task.adapter;
     const int64_t columns = task.to - task.from, ld = spaced<T>(columns), ranks = rounded_up(a.rank, 4);
     Arena arena(memory, 2 * Scratch::bytes_of<T>(ranks * ld) + Scratch::bytes_of<T>(kBlockRows * ranks) +
-                            Scratch::bytes_of<const T*>(a.rank));
+                            Scratch::bytes_of<const T*>(a.rank) + Scratch::bytes_of<T>(ld));
     T* packed = arena.take<T>(ranks * ld);
     T* sums = groups.size ? groups.of(task, cut) : arena.take<T>(ranks * ld);
+    T* factor_sums = factor_groups.size ? factor_groups.of(task, cut) : arena.take<T>(ld);
     T* factors = arena.take<T>(kBlockRows * ranks);
     const T** rows_of_B = arena.take<const T*>(a.rank);
     pack_columns<T>(packed, ld, static_cast<const B*>(a.B) + task.from * a.B_row, a.B_row, a.rank, columns);
     zero_rows(sums, ld, 0, ranks);
+    if (factors_grad) zero_rows(factor_sums, ld, 0, 1);
     Block<T> b;
     b.factors = factors;
     b.factors_ld = ranks;
@@ -335,16 +229,27 @@ void backward_out(const LoraParams& p, const Threads& threads) {
       for (int64_t c = 0; c < columns; c += kStep) {
         b.columns = std::min(kStep, columns - c);
         for (int64_t r = 0; r < a.rank; ++r) rows_of_B[r] = packed + r * ld + c;
-        all_dots<T, S>(dy, b.rows, rows_of_B, a.rank, b.columns, out, c > 0);
-        if (a.dB) gather<T, S>(b, dy, sums + c, a.first);
-        for (int64_t i = 0; i < b.rows; ++i) dy[i] += b.columns;
+        const S* block[kBlockRows];
+        for (int64_t i = 0; i < b.rows; ++i) block[i] = dy[i] + c;
+        if (p.dora) {
+          scale_block<T, S>(p, block, m, b.rows, task.from + c, b.columns, factors_grad ? factor_sums + c : nullptr);
+        }
+        all_dots<T, S>(block, b.rows, rows_of_B, a.rank, b.columns, out, c > 0);
+        if (a.dB) gather<T, S>(b, block, sums + c, a.first);
       }
     }
     if (a.dB && !groups.size) store_columns<T, B>(sums, ld, a, task.from, columns);
+    if (factors_grad && !factor_groups.size) {
+      std::copy_n(factor_sums, columns, static_cast<T*>(p.dora->dfactors) + task.from);
+    }
   });
   if (groups.size) {
     add_groups(groups.all, cut.groups, all_ranks, spaced<T>(p.out), threads);
     store_columns<T, B>(groups.all, spaced<T>(p.out), *p.adapters, 0, p.out);
+  }
+  if (factor_groups.size) {
+    add_groups(factor_groups.all, cut.groups, 1, spaced<T>(p.out), threads);
+    std::copy_n(factor_groups.all, p.out, static_cast<T*>(p.dora->dfactors));
   }
   if (chunks <= 1) return;
   for (int64_t i = 0; i < p.n_adapters; ++i) {

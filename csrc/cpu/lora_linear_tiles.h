@@ -175,6 +175,22 @@ void expand(const Block<T>& b, S* const* out) {
   if (c < b.columns) expand_columns<T, S, 1>(b, out, c, b.columns - c);
 }
 
+// The same, a few rows after another from end to end: where nothing is read beside them, the caches see them come.
+template <class T, class S, int kRows>
+TRIFUSE_INLINE void expand_rows(const Block<T>& b, S* const* out, int64_t m) {
+  constexpr int lanes = kLanes<T>;
+  int64_t c = 0;
+  for (; c + 4 * lanes <= b.columns; c += 4 * lanes) expand_tile<T, S, kRows, 4>(b, out, m, c, 0);
+  for (; c + lanes <= b.columns; c += lanes) expand_tile<T, S, kRows, 1>(b, out, m, c, 0);
+  if (c < b.columns) expand_tile<T, S, kRows, 1>(b, out, m, c, b.columns - c);
+}
+template <class T, class S>
+void expand_by_rows(const Block<T>& b, S* const* out) {
+  int64_t m = 0;
+  for (; m + 4 <= b.rows; m += 4) expand_rows<T, S, 4>(b, out, m);
+  for (; m < b.rows; ++m) expand_rows<T, S, 1>(b, out, m);
+}
+
 // sums (ranks, ld) += factors^T x for kRanks ranks and kVectors vectors of columns.
 template <class T, class S, int kRanks, int kVectors, bool kPart = false>
 TRIFUSE_INLINE void gather_tile(const Block<T>& b, const S* const* x, T* sums, int64_t r, int64_t c) {

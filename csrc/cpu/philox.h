@@ -10,87 +10,106 @@ namespace {
 using Words = VecOf<float>::U;  // one 32-bit word per lane
 constexpr int kWordLanes = kLanes<float>;
 
-// The upper and lower halves of a * m, lane by lane.
-TRIFUSE_INLINE void multiply_wide(Words a, uint32_t m, Words& high, Words& low) {
+// Words in the lower halves of 64-bit lanes, whose upper halves mean nothing: a product of two words then needs no
+// shuffle, and its upper word one shift.
+typedef uint64_t WideWords __attribute__((vector_size(kVectorBytes)));
+constexpr int kWideLanes = kWordLanes / 2;
+
+TRIFUSE_INLINE WideWords product_of(WideWords a, uint32_t m) {
 #if defined(__AVX512F__)
-  const __m512i factor = _mm512_set1_epi64(m);
-  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-  high = (Words)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
-  low = (Words)_mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+  return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 #elif defined(__AVX2__)
-  const __m256i factor = _mm256_set1_epi64x(m);
-  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
-  high = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  return (WideWords)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 #else
-  for (int i = 0; i < kWordLanes; ++i) {
-    const uint64_t product = uint64_t(a[i]) * m;
-    high[i] = uint32_t(product >> 32);
-    low[i] = uint32_t(product);
-  }
+  return (a & uint64_t(0xffffffff)) * uint64_t(m);
 #endif
 }
+
+TRIFUSE_INLINE WideWords upper_words(WideWords a) {
+#if defined(__AVX512F__)
+  return (WideWords)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB);  // a shift competes with the products for one port
+#else
+  return a >> 32;
+#endif
+}
+
+// The keys of the ten rounds, in every lane.
+struct PhiloxKeys {
+  explicit PhiloxKeys(uint64_t seed) {
+    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+      first[round] = WideWords{} + uint64_t(key0);
+      second[round] = WideWords{} + uint64_t(key1);
+    }
+  }
+  WideWords first[10], second[10];
+};
 
 // Ten rounds on the counters w[0..3], which become the words.
-TRIFUSE_INLINE void philox(Words (&w)[4], uint64_t seed) {
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
-    Words high0, low0, high2, low2;
-    multiply_wide(w[0], 0xD2511F53u, high0, low0);
-    multiply_wide(w[2], 0xCD9E8D57u, high2, low2);
-    w[0] = high2 ^ w[1] ^ (Words{} + key0);
-    w[1] = low2;
-    w[2] = high0 ^ w[3] ^ (Words{} + key1);
-    w[3] = low0;
+TRIFUSE_INLINE void philox(WideWords (&w)[4], const PhiloxKeys& keys) {
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const WideWords even = product_of(w[0], 0xD2511F53u), odd = product_of(w[2], 0xCD9E8D57u);
+    w[0] = upper_words(odd) ^ w[1] ^ keys.first[round];
+    w[1] = odd;
+    w[2] = upper_words(even) ^ w[3] ^ keys.second[round];
+    w[3] = even;
   }
 }
-
-// The words of the next 4 * kWordLanes columns of a row, column = 4 * lane + word; `column` is a multiple of that.
-TRIFUSE_INLINE void philox_columns(Words (&w)[4], uint64_t seed, uint64_t row, int64_t column) {
-  Words lane;
-  for (int i = 0; i < kWordLanes; ++i) lane[i] = uint32_t(i);
-  w[0] = lane + uint32_t(column / 4);
-  w[1] = Words{};
-  w[2] = Words{} + uint32_t(row);
-  w[3] = Words{} + uint32_t(row >> 32);
-  philox(w, seed);
+TRIFUSE_INLINE void philox(Words (&w)[4], uint64_t seed) {
+  const PhiloxKeys keys(seed);
+  WideWords even[4], odd[4];
+  for (int i = 0; i < 4; ++i) even[i] = (WideWords)w[i], odd[i] = (WideWords)w[i] >> 32;
+  philox(even, keys);
+  philox(odd, keys);
+  for (int i = 0; i < 4; ++i) w[i] = (Words)((even[i] & uint64_t(0xffffffff)) | odd[i] << 32);
 }
 
-// Bit i of the lower bits goes to bit 4 i.
-TRIFUSE_INLINE uint64_t spread_by_4(uint64_t x) {
-  x = (x | x << 24) & 0x000000ff000000ffull;
-  x = (x | x << 12) & 0x000f000f000f000full;
-  x = (x | x << 6) & 0x0303030303030303ull;
-  return (x | x << 3) & 0x1111111111111111ull;
+// The words of the next 4 * kWideLanes columns of a row, column = 4 * lane + word; `column` is a multiple of that.
+TRIFUSE_INLINE void philox_columns(WideWords (&w)[4], const PhiloxKeys& keys, uint64_t row, int64_t column) {
+  WideWords lane;
+  for (int i = 0; i < kWideLanes; ++i) lane[i] = uint64_t(i);
+  w[0] = lane + uint64_t(column / 4);
+  w[1] = WideWords{};
+  w[2] = WideWords{} + row;
+  w[3] = WideWords{} + (row >> 32);
+  philox(w, keys);
 }
 
-TRIFUSE_INLINE uint64_t at_least_bits(Words w, uint32_t threshold) {
+// Bit 2 i of the result: whether word i is at least the threshold.
+TRIFUSE_INLINE uint32_t at_least_bits(WideWords w, uint32_t threshold) {
 #if defined(__AVX512F__)
-  return _mm512_cmpge_epu32_mask((__m512i)w, _mm512_set1_epi32(int(threshold)));
+  return _mm512_cmpge_epu32_mask((__m512i)w, _mm512_set1_epi32(int(threshold))) & 0x5555u;
 #elif defined(__AVX2__)
   const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32((__m256i)w, _mm256_set1_epi32(int(threshold))), (__m256i)w);
-  return uint32_t(_mm256_movemask_ps((__m256)kept));
+  return uint32_t(_mm256_movemask_ps((__m256)kept)) & 0x55u;
 #else
-  uint64_t bits = 0;
-  for (int i = 0; i < kWordLanes; ++i) bits |= uint64_t(w[i] >= threshold) << i;
+  uint32_t bits = 0;
+  for (int i = 0; i < kWideLanes; ++i) bits |= uint32_t(uint32_t(w[i]) >= threshold) << 2 * i;
   return bits;
 #endif
+}
+
+// Pair i of the lower 16 bits goes to bits 4 i and 4 i + 1.
+TRIFUSE_INLINE uint64_t spread_pairs(uint32_t x) {
+  x = (x | x << 8) & 0x00ff00ffu;
+  x = (x | x << 4) & 0x0f0f0f0fu;
+  return (x | x << 2) & 0x33333333u;
 }
 
 // bits[c / 64] bit c % 64: whether dropout keeps column `first` + c of a row; `first` is a multiple of 64.
 inline void kept_columns(uint64_t* bits, uint64_t seed, uint64_t row, int64_t first, int64_t columns,
                          uint32_t threshold) {
-  constexpr int step = 4 * kWordLanes;
+  constexpr int step = 4 * kWideLanes;
+  const PhiloxKeys keys(seed);
   for (int64_t c = 0; c < columns; c += 64, ++bits) {
     uint64_t kept = 0;
     for (int part = 0; part < 64 && c + part < columns; part += step) {
-      Words w[4];
-      philox_columns(w, seed, row, first + c + part);
-      uint64_t some = 0;
-      for (int i = 0; i < 4; ++i) some |= spread_by_4(at_least_bits(w[i], threshold)) << i;
-      kept |= some << part;
+      WideWords w[4];
+      philox_columns(w, keys, row, first + c + part);
+      const uint32_t low = at_least_bits(w[0], threshold) | at_least_bits(w[1], threshold) << 1;
+      const uint32_t high = at_least_bits(w[2], threshold) | at_least_bits(w[3], threshold) << 1;
+      kept |= (spread_pairs(low) | spread_pairs(high) << 2) << part;
     }
     *bits = kept;
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,8 +47,18 @@ inline bool is_complex(const Tensor& t) {
   return t.scalar_type() == ScalarType::ComplexFloat || t.scalar_type() == ScalarType::ComplexDouble;
 }
 
-inline Tensor empty(std::vector<int64_t> size, ScalarType dtype, const Tensor& device_of) {
-  return torch::stable::new_empty(device_of, size, dtype);
+// By torch's C shim: looking an op up by its name costs more than a small layer's kernel.
+inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& device_of) {
+  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(device_of.get(), size.data(), int64_t(size.size()), &number, nullptr,
+                                                   nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+inline Tensor empty_as(const Tensor& like) {
+  std::vector<int64_t> size;
+  for (int64_t i = 0; i < like.dim(); ++i) size.push_back(like.size(i));
+  return empty(size, like.scalar_type(), like);
 }
 
 inline void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }

@@ -4,9 +4,7 @@
 
 #include "trifuse/dora_linear.h"
 
-#include "common.h"
-#include "products.h"
-#include "trifuse/lora_linear.h"
+#include "lora_layer.h"
 
 namespace trifuse {
 namespace {
@@ -46,35 +44,8 @@ std::tuple<Tensor, Tensor> dora_scale_bwd(Tensor dy, Tensor plain, Tensor factor
   return {dplain, dfactors};
 }
 
-// x A^T, acc.
-Tensor mixed_with(const Tensor& x, const Tensor& lora_A) {
-  const int64_t rank = lora_A.size(0);
-  LoraAdapter adapter;
-  LoraParams p;
-  p.rows = adapter.end = x.size(0);
-  p.in = x.size(1);
-  p.dtype = dtype_of(x);
-  p.adapter_dtype = dtype_of(lora_A);
-  p.x = x.data_ptr();
-  p.x_row = x.stride(0);
-  adapter.A = lora_A.data_ptr();
-  adapter.A_row = lora_A.stride(0);
-  adapter.rank = p.max_rank = rank;
-  p.adapters = &adapter;
-  p.n_adapters = 1;
-  const Tensor S = empty({p.rows, rank}, accumulation_type(x), x);
-  p.S = S.data_ptr();
-  p.S_row = rank;
-  cpu::lora_down(p, torch_threads());
-  return S;
-}
-
-// The norms where no gradient is asked of them.
-Tensor dora_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scale, OptionalTensor factors) {
-  STD_TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2 && lora_A.size(1) == weight.size(1) &&
-                      lora_B.size(0) == weight.size(0) && lora_A.size(0) == lora_B.size(1) && lora_A.size(0) > 0 &&
-                      lora_A.scalar_type() == lora_B.scalar_type(),
-                  "dora_norm: sizes or dtypes do not fit");
+Tensor norm_of(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scale,
+               const OptionalTensor& factors) {
   DoraNormParams p;
   p.rows = weight.size(0);
   p.columns = weight.size(1);
@@ -83,20 +54,96 @@ Tensor dora_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scale, 
   p.adapter_dtype = dtype_of(lora_B);
   p.weight = weight.data_ptr();
   p.weight_row = weight.stride(0);
+  p.A = lora_A.data_ptr();
+  p.A_row = lora_A.stride(0);
   p.B = lora_B.data_ptr();
   p.B_row = lora_B.stride(0);
   p.scale = scale;
   p.p = pointer(factors);
-  const Tensor mixed = mixed_with(weight, lora_A), gram = mixed_with(lora_A, lora_A);
   const Tensor norm = empty({p.rows}, accumulation_type(weight), weight);
-  p.mixed = mixed.data_ptr();
-  p.gram = gram.data_ptr();
   p.norm = norm.data_ptr();
   cpu::dora_norm(p, torch_threads());
   return norm;
 }
 
+// The norms where no gradient is asked of them.
+Tensor dora_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scale, OptionalTensor factors) {
+  STD_TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2 && lora_A.size(1) == weight.size(1) &&
+                      lora_B.size(0) == weight.size(0) && lora_A.size(0) == lora_B.size(1) && lora_A.size(0) > 0 &&
+                      lora_A.scalar_type() == lora_B.scalar_type(),
+                  "dora_norm: sizes or dtypes do not fit");
+  return norm_of(weight, lora_A, lora_B, scale, factors);
+}
+
+// a / norm, of a norm of zero zero.
+template <class T>
+void divide_by_norm(T* quotient, const T* a, const T* norm, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) quotient[i] = norm[i] > 0 ? a[i] / norm[i] : T(0);
+}
+Tensor over_norm(const Tensor& a, const Tensor& norm) {
+  const Tensor quotient = empty({norm.size(0)}, norm.scalar_type(), norm);
+  if (norm.scalar_type() == ScalarType::Double) {
+    divide_by_norm(static_cast<double*>(quotient.data_ptr()), static_cast<const double*>(a.data_ptr()),
+                   static_cast<const double*>(norm.data_ptr()), norm.size(0));
+  } else {
+    divide_by_norm(static_cast<float*>(quotient.data_ptr()), static_cast<const float*>(a.data_ptr()),
+                   static_cast<const float*>(norm.data_ptr()), norm.size(0));
+  }
+  return quotient;
+}
+
+// The forward pass of plain arguments in float32 or float64, the norms constants; y is empty where they are not what
+// this takes. The product that the magnitude scales is kept for its gradient only.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_plain(Tensor x, Tensor weight, OptionalTensor bias,
+                                                                     Tensor lora_A, Tensor lora_B, Tensor magnitude,
+                                                                     double scale, double dropout, OptionalTensor seed,
+                                                                     bool save, bool save_plain) {
+  const ScalarType dtype = x.scalar_type();
+  if (lora_A.dim() != 2 || weight.dim() != 2 || dtype != accumulation_type(x) || lora_A.scalar_type() != dtype ||
+      !takes_plain(x, weight, bias, lora_A, lora_B, lora_A.size(0)) ||
+      !is_plain_vector(magnitude, weight.size(0), dtype)) {
+    return {empty({0}, ScalarType::Float, x), x, x, x, x};
+  }
+  const OptionalTensor factors;
+  const Tensor norm = norm_of(weight, lora_A, lora_B, scale, factors), columns = over_norm(magnitude, norm);
+  const Tensor y = empty_beside(x, weight.size(0)), rows = as_matrix(x), out = as_matrix(y);
+  const LoraLayer layer{rows, weight, lora_A, lora_B, scale, factors, lora_A.size(0), false, dropout, seed, false};
+  const Tensor plain = save_plain ? empty_as(out) : out;
+  const Tensor S = lora_forward(plain, layer, std::nullopt, save);
+  DoraParams p = params(plain, columns);
+  p.bias = pointer(bias);
+  p.y = out.data_ptr();
+  cpu::dora_scale(p, torch_threads());
+  return {y, save_plain ? plain : empty({0, plain.size(1)}, dtype, x), S, norm, columns};
+}
+
+// Its backward pass; `columns` are magnitude / norm.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>
+dora_linear_plain_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, Tensor plain,
+                      Tensor norm, Tensor columns, double scale, double dropout, OptionalTensor seed,
+                      std::vector<bool> needs) {
+  const Tensor rows = as_matrix(x), dout = as_matrix(dy);
+  const OptionalTensor factors;
+  const LoraLayer layer{rows, weight, lora_A, lora_B, scale, factors, lora_A.size(0), false, dropout, seed, false};
+  const OptionalTensor dplain = empty_as(dout);
+  DoraParams p = params(*dplain, columns);
+  p.plain = plain.data_ptr();
+  p.dy = dout.data_ptr();
+  p.dplain = dplain->data_ptr();
+  OptionalTensor dmagnitude;
+  if (needs[5]) {
+    dmagnitude = empty_as(norm);
+    p.dfactors = dmagnitude->data_ptr();
+  }
+  const LoraGradients grads =
+      lora_backward(layer, dout, S, {needs[0], needs[1], needs[2], needs[3], needs[4], false}, &p, dplain);
+  if (dmagnitude) dmagnitude = over_norm(*dmagnitude, norm);
+  return {shaped_as(grads.x, x), grads.weight, grads.bias, grads.A, grads.B, dmagnitude};
+}
+
 TRIFUSE_IMPL(m) {
+  m.impl("dora_linear_plain", TORCH_BOX(&dora_linear_plain));
+  m.impl("dora_linear_plain_bwd", TORCH_BOX(&dora_linear_plain_bwd));
   m.impl("dora_norm_fwd", TORCH_BOX(&dora_norm_fwd));
   m.impl("dora_scale", TORCH_BOX(&dora_scale));
   m.impl("dora_scale_bwd", TORCH_BOX(&dora_scale_bwd));

@@ -4,9 +4,7 @@
 
 #include <tuple>
 
-#include "common.h"
-#include "products.h"
-#include "trifuse/lora_linear.h"
+#include "lora_layer.h"
 
 namespace trifuse {
 namespace {
@@ -70,13 +68,13 @@ LoraParams params(const Tensor& x, const Tensor& weight, const std::vector<Tenso
   return p;
 }
 
-std::tuple<Tensor, Tensor> lora_linear_multi_fwd(Tensor x, Tensor weight, OptionalTensor bias, std::vector<Tensor> A,
-                                                 std::vector<Tensor> B, Tensor scales, Tensor index, bool save) {
+// The output into y (M, N); returns S.
+Tensor forward_into(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                    const std::vector<Tensor>& A, const std::vector<Tensor>& B, const Tensor& scales,
+                    const Tensor& index) {
   Segments segments(index, A.size());
   LoraParams p = params(x, weight, A, B, scales, segments);
-  const ScalarType acc = accumulation_type(x);
-  const Tensor y = empty({p.rows, p.out}, x.scalar_type(), x);
-  const Tensor S = torch::stable::new_zeros(x, std::vector<int64_t>{p.rows, p.max_rank}, acc);
+  const Tensor S = torch::stable::new_zeros(x, std::vector<int64_t>{p.rows, p.max_rank}, accumulation_type(x));
   p.S = S.data_ptr();
   p.S_row = S.stride(0);
   p.y = y.data_ptr();
@@ -85,7 +83,50 @@ std::tuple<Tensor, Tensor> lora_linear_multi_fwd(Tensor x, Tensor weight, Option
   cpu::lora_down(p, torch_threads());
   cpu::lora_up(p, torch_threads());
   add_product(y, x, transposed(weight));
-  return {y, save ? S : empty({0, p.max_rank}, acc, x)};
+  return S;
+}
+
+std::tuple<Tensor, Tensor> lora_linear_multi_fwd(Tensor x, Tensor weight, OptionalTensor bias, std::vector<Tensor> A,
+                                                 std::vector<Tensor> B, Tensor scales, Tensor index, bool save) {
+  const Tensor y = empty({x.size(0), weight.size(0)}, x.scalar_type(), x);
+  const Tensor S = forward_into(y, x, weight, bias, A, B, scales, index);
+  return {y, save ? S : empty({0, S.size(1)}, S.scalar_type(), x)};
+}
+
+template <class T>
+void fill_rows(T* to, const std::vector<double>& values, int64_t columns) {
+  for (const double value : values) to = std::fill_n(to, columns, T(value));
+}
+
+// The forward pass of plain arguments whose gradients nobody asks for, with one factor for each adapter; empty where
+// they are not what this takes.
+Tensor lora_linear_multi_plain(Tensor x, Tensor weight, OptionalTensor bias, std::vector<Tensor> A,
+                               std::vector<Tensor> B, std::vector<double> scales, Tensor index) {
+  const size_t count = A.size();
+  bool fits = count > 0 && B.size() == count && scales.size() == count && index.is_cpu() &&
+              index.scalar_type() == ScalarType::Long && index.is_contiguous() && index.dim() == x.dim() - 1;
+  for (int64_t i = 0; fits && i < index.dim(); ++i) fits = index.size(i) == x.size(i);
+  int64_t width = 0;
+  for (size_t i = 0; fits && i < count; ++i) {
+    fits = A[i].dim() == 2 && A[i].scalar_type() == A[0].scalar_type() && B[i].scalar_type() == A[0].scalar_type() &&
+           weight.dim() == 2 && A[i].size(0) > 0 && is_plain_matrix(A[i], A[i].size(0), weight.size(1)) &&
+           is_plain_matrix(B[i], weight.size(0), A[i].size(0));
+    if (fits) width = std::max(width, A[i].size(0));
+  }
+  fits = fits && takes_plain(x, weight, bias, A[0], B[0], 1);
+  const int64_t* of_row = fits ? static_cast<const int64_t*>(index.data_ptr()) : nullptr;
+  for (int64_t i = 0; fits && i < index.numel(); ++i) fits = of_row[i] < int64_t(count);
+  if (!fits) return empty({0}, ScalarType::Float, x);
+  const ScalarType acc = accumulation_type(x);
+  const Tensor factors = empty({int64_t(count), width}, acc, x);
+  if (acc == ScalarType::Double) {
+    fill_rows(static_cast<double*>(factors.data_ptr()), scales, width);
+  } else {
+    fill_rows(static_cast<float*>(factors.data_ptr()), scales, width);
+  }
+  const Tensor y = empty_beside(x, weight.size(0));
+  forward_into(as_matrix(y), as_matrix(x), weight, bias, A, B, factors, torch::stable::view(index, {index.numel()}));
+  return y;
 }
 
 // dscales (adapters, max_rank), zero: of every adapter the sum of S * Z over its rows.
@@ -158,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Ten
 }
 
 TRIFUSE_IMPL(m) {
+  m.impl("lora_linear_multi_plain", TORCH_BOX(&lora_linear_multi_plain));
   m.impl("lora_linear_multi_fwd", TORCH_BOX(&lora_linear_multi_fwd));
   m.impl("lora_linear_multi_bwd", TORCH_BOX(&lora_linear_multi_bwd));
 }

@@ -26,16 +26,16 @@ struct DoraNormParams {
   int64_t columns = 0;
   int64_t rank = 0;
   DType dtype = DType::kFloat32;          // of weight
-  DType adapter_dtype = DType::kFloat32;  // of B: dtype, or acc
+  DType adapter_dtype = DType::kFloat32;  // of A and B: dtype, or acc
   const void* weight = nullptr;           // (rows, columns)
   int64_t weight_row = 0;
   const void* B = nullptr;  // (rows, rank)
   int64_t B_row = 0;
   const void* p = nullptr;  // (rank,), acc, or null: all ones
   double scale = 1;
-  const void* mixed = nullptr;  // (rows, rank), acc: W A^T
-  const void* gram = nullptr;   // (rank, rank), acc: A A^T
-  void* norm = nullptr;         // (rows,), acc
+  const void* A = nullptr;  // (rank, columns) in the dtype of B
+  int64_t A_row = 0;
+  void* norm = nullptr;  // (rows,), acc
 };
 
 namespace cpu {

@@ -3,6 +3,7 @@
 // first and the product is added to them there. No torch, no CUDA header.
 #pragma once
 
+#include "trifuse/dora_linear.h"
 #include "trifuse/types.h"
 
 namespace trifuse {
@@ -54,6 +55,9 @@ struct LoraParams {
   const LoraAdapter* adapters = nullptr;  // on the host
   int64_t n_adapters = 0;                 // CUDA takes one, with all rows
   int64_t max_rank = 0;                   // the largest rank of an adapter
+
+  // CPU, one adapter: backward_out first scales dy as this says, and takes the result, its dplain, for dy.
+  const DoraParams* dora = nullptr;
 };
 
 namespace cpu {

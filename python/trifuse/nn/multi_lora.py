@@ -180,9 +180,17 @@ class MultiLoRALinear(nn.Linear):
             return ops.lora_linear(
                 x, self.weight, bias, self.lora_A[name], self.lora_B[name], self.scale[name], training=self.training
             )
-        A, B = self.lora_A._parameters, self.lora_B._parameters  # not by their dictionaries, which look up each twice
+        # Not by the dictionaries of parameters, which look up each twice, nor by `scale`: many adapters are looked up
+        # for few rows.
+        A, B, alpha, rank, scaling = (
+            self.lora_A._parameters, self.lora_B._parameters, self.alpha, self.rank, self.scaling,
+        )  # fmt: skip
+        scales = [
+            alpha[name] / rank[name] if scaling[name] == "lora" else scale_of(alpha[name], rank[name], scaling[name])
+            for name in names
+        ]
         return ops.lora_linear_multi(
-            x, self.weight, bias, [A[name] for name in names], [B[name] for name in names], list(self.scale.values()),
+            x, self.weight, bias, [A[name] for name in names], [B[name] for name in names], scales,
             self._per_row(index, x),
         )  # fmt: skip
 

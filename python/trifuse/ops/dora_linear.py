@@ -11,8 +11,8 @@ from trifuse import reference
 from trifuse.backends import Op
 from trifuse.ops import _checks as check
 from trifuse.ops.lora_linear import Call as LoraCall
+from trifuse.ops.lora_linear import dropout_seed, is_plain, rows
 from trifuse.ops.lora_linear import prepare as prepare_lora
-from trifuse.ops.lora_linear import rows
 from trifuse.registration import common
 from trifuse.registration import dora_linear as kernels
 
@@ -84,6 +84,16 @@ def dora_linear(
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024 (arXiv 2402.09353), equation 5 and section
     4.3.
     """
+    if (
+        detach_norm and type(magnitude) in common.PLAIN and magnitude.is_cpu
+        and is_plain(x, weight, bias, lora_A, lora_B, scale, dropout, seed, training)
+    ):  # fmt: skip
+        rate = 0.0
+        if dropout and training:
+            rate, seed = float(dropout), dropout_seed("dora_linear", x, dropout, seed, True)
+        y = kernels.plain(x, weight, bias, lora_A, lora_B, magnitude, float(scale), rate, seed)
+        if y is not None:
+            return y
     call = prepare(
         x, weight, bias, lora_A, lora_B, magnitude, scale, dropout=dropout, seed=seed, training=training,
         detach_norm=detach_norm,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from trifuse import _library, reference
-from trifuse.backends import Op, forced_backend
+from trifuse.backends import Op, _forced
 from trifuse.ops import _checks as check
 from trifuse.registration import common
 from trifuse.registration import lora_linear as kernels
@@ -94,9 +94,16 @@ def lora_linear(
     "DyLoRA", 2022 (arXiv 2210.07558); Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     2023 (arXiv 2312.03732).
     """
-    y, seed = _plain(x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout, seed, training)
-    if y is not None:
-        return y
+    if is_plain(x, weight, bias, lora_A, lora_B, scale, dropout, seed, training):
+        rate, rank = 0.0, active_rank
+        if dropout and training:  # the seed is drawn once, whichever way is taken
+            rate, seed = float(dropout), dropout_seed("lora_linear", x, dropout, seed, True)
+        if rank is None and lora_A.dim():
+            rank = lora_A.shape[0]
+        if type(rank) is int:
+            y = kernels.plain(x, weight, bias, lora_A, lora_B, float(scale), rank, bool(frozen), rate, seed)
+            if y is not None:
+                return y
     call = prepare(
         x, weight, bias, lora_A, lora_B, scale, active_rank=active_rank, frozen=frozen, dropout=dropout, seed=seed,
         training=training,
@@ -114,35 +121,35 @@ def lora_linear(
 
 
 _HAS_KERNEL = _library.missing("cpp") is None and _library.wrong_isa is None
-_PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (float, int)
+_autocast = torch.is_autocast_enabled
 
 
-def _plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: object, active_rank: object,
-    frozen: bool, dropout: object, seed: object, training: bool,
-) -> tuple[Tensor | None, int | Tensor | None]:  # fmt: skip
-    """The output on a CPU in one call that looks at its arguments itself; None where it does not take them, or where
-    they are wrong: then the long way says so. And the seed, drawn if need be: once, whichever way is taken."""
-    arguments = (x, weight, bias, lora_A, lora_B)
-    if not _HAS_KERNEL or not all(one is None or (type(one) in _PLAIN and one.is_cpu) for one in arguments):
-        return None, seed
-    if x is None or weight is None or lora_A is None or lora_B is None or lora_A.dim() != 2 or weight.dim() != 2:
-        return None, seed
-    if type(scale) not in (float, int) or type(dropout) not in (float, int) or torch.is_autocast_enabled("cpu"):
-        return None, seed
-    if active_rank is None:
-        active_rank = lora_A.shape[0]
-    if type(active_rank) is not int or not common.is_eager(()) or forced_backend() not in (None, "cpp"):
-        return None, seed
-    if forward_ad._current_level >= 0:
-        return None, seed
-    if dropout and training:
-        seed = dropout_seed("lora_linear", x, dropout, seed, True)
-    elif seed is not None or not 0 <= dropout < 1:
-        return None, seed
-    else:
-        dropout = 0.0
-    return kernels.plain(*arguments, float(scale), active_rank, frozen, float(dropout), seed), seed
+def is_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: object, dropout: object,
+    seed: object, training: bool,
+) -> bool:  # fmt: skip
+    """Whether a call may be one for the kernels that look at their arguments themselves: plain tensors on a CPU, with
+    nothing that looks on. They take no seed of a call that drops nothing: nobody would check it."""
+    known = common.PLAIN
+    return (
+        type(x) in known and type(weight) in known and type(lora_A) in known and type(lora_B) in known
+        and (bias is None or type(bias) in known) and type(scale) in _NUMBERS and type(dropout) in _NUMBERS
+        and 0 <= dropout < 1 and (seed is None or (training and dropout > 0)) and not common.is_watched()
+        and _HAS_KERNEL and x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu
+        and (bias is None or bias.is_cpu) and _forced.name in (None, "cpp") and not _autocast("cpu")
+        and forward_ad._current_level < 0
+    )  # fmt: skip
+
+
+def plain_inference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scale: float,
+    active_rank: int,
+) -> Tensor | None:  # fmt: skip
+    """The output of a layer that drops nothing, where no gradient is recorded and the plain way takes it; else None."""
+    if not is_plain(x, weight, bias, lora_A, lora_B, scale, 0.0, None, False):
+        return None
+    return kernels.plain(x, weight, bias, lora_A, lora_B, scale, active_rank, False, 0.0, None)
 
 
 def prepare(

@@ -13,7 +13,8 @@ from trifuse import reference
 from trifuse._library import values_are_known
 from trifuse.backends import Op
 from trifuse.ops import _checks as check
-from trifuse.ops.lora_linear import adapter, factor
+from trifuse.ops.lora_linear import adapter, factor, is_plain
+from trifuse.registration import common
 from trifuse.registration import lora_linear_multi as kernels
 
 __all__ = ["lora_linear_multi"]
@@ -77,12 +78,33 @@ def lora_linear_multi(
     Source: the batches of Sheng et al., "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", 2023 (arXiv
     2311.03285), and Chen et al., "Punica: Multi-Tenant LoRA Serving", 2023 (arXiv 2310.18547), with a backward pass.
     """
+    if _is_plain(x, weight, bias, A_list, B_list, scales, index):
+        y = kernels.plain(x, weight, bias, A_list, B_list, scales, index)
+        if y is not None:
+            return y
     call = prepare(x, weight, bias, A_list, B_list, scales, index)
     name = MULTI.choose(call, call.device_type, call.x.numel())
     if name != "reference":
         return kernels.linear(name, call)
     factors = [row[: one.shape[0]] for row, one in zip(call.scales, call.A_list, strict=True)]
     return reference.lora_linear_multi(*call[:5], factors, call.index)
+
+
+def _is_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A_list: object, B_list: object, scales: object, index: Tensor
+) -> bool:
+    """Whether a call may be one for the kernel that looks at its arguments itself: lists of plain tensors and numbers,
+    no gradient recorded, nothing that looks on. Checks of many adapters cost as much as their products with few rows.
+    """
+    known = common.PLAIN
+    return (
+        not torch.is_grad_enabled() and type(A_list) is list and type(B_list) is list and type(scales) is list
+        and len(A_list) > 0 and len(B_list) > 0 and type(index) is Tensor and index.is_cpu
+        and is_plain(x, weight, bias, A_list[0], B_list[0], 1.0, 0.0, None, False)
+        and all([type(one) in known and one.is_cpu for one in A_list])  # noqa: C419
+        and all([type(one) in known and one.is_cpu for one in B_list])  # noqa: C419
+        and all([type(one) is float for one in scales])  # noqa: C419
+    )  # fmt: skip
 
 
 def prepare(

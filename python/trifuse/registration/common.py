@@ -18,7 +18,10 @@ from trifuse._library import LIB
 
 __all__ = [
     "SCHEMAS",
+    "RefusedError",
     "accumulation_dtype",
+    "bare",
+    "bare_apply",
     "call_eagerly",
     "cpp_refusals",
     "cuda_refusals",
@@ -28,6 +31,7 @@ __all__ = [
     "implement_triton",
     "interpreting",
     "is_eager",
+    "is_watched",
     "matrix",
     "needs_grad",
     "no_second_derivative",
@@ -200,11 +204,34 @@ def call_eagerly(name: str, *args: Any) -> Any:
 
 def is_eager(args: Any) -> bool:
     """Whether plain tensors are computed on, with nothing that looks on."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return all(type(one) in _PLAIN for one in args if isinstance(one, Tensor))
+    return not is_watched() and all(type(one) in PLAIN for one in args if isinstance(one, Tensor))
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Beside the product of one row with a large weight, whose stream empties the caches, every name that is looked up takes
+# a tenth of a microsecond.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+
+
+def is_watched() -> bool:
+    """Whether something looks on: torch.compile, a mode, a transformation."""
+    return _is_compiling() or _dispatch_modes() != 0 or _functorch_level() is not None
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class RefusedError(Exception):
+    """The arguments are not what a plain way takes."""
+
+
+def bare(name: str) -> Callable[..., Any]:
+    """An op without the Python that torch puts around it: for calls that nothing looks on."""
+    op = getattr(torch.ops.trifuse, name).default
+    return getattr(op, "_op", op)
+
+
+def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``apply`` without the Python that torch puts around it, which looks for transformations."""
+    return super(torch.autograd.Function, function).apply

@@ -175,6 +175,89 @@ for _suffix in common.SUFFIXES:
     _LINEAR[_suffix] = common.eager_function(_fwd, _setup_context, _grads)
 
 
+_PLAIN = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scale,"
+    " float dropout, Tensor? seed, bool save, bool save_plain)"
+    " -> (Tensor y, Tensor plain, Tensor S, Tensor norm, Tensor factors)"
+)
+_PLAIN_BWD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, Tensor plain, Tensor norm,"
+    " Tensor factors, float scale, float dropout, Tensor? seed, bool[] needs)"
+    " -> (Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dA, Tensor? dB, Tensor? dmagnitude)"
+)
+
+
+def _plain_fake(x, weight, bias, lora_A, lora_B, magnitude, scale, dropout, seed, save, save_plain):
+    rows, out = x.numel() // max(x.shape[-1], 1), weight.shape[0]
+    S = x.new_empty((rows if save else 0, lora_A.shape[0]))
+    plain = x.new_empty((rows if save_plain else 0, out))
+    return x.new_empty((*x.shape[:-1], out)), plain, S, x.new_empty(out), x.new_empty(out)
+
+
+LIB.define("dora_linear_plain" + _PLAIN)
+LIB.define("dora_linear_plain_bwd" + _PLAIN_BWD)
+torch.library.register_fake("trifuse::dora_linear_plain", _plain_fake, lib=LIB)
+_plain_forward = common.bare("dora_linear_plain")
+_plain_backward = common.bare("dora_linear_plain_bwd")
+_BACKWARD = torch.ops.trifuse.dora_linear_bwd.default
+
+
+class _Plain(torch.autograd.Function):
+    """``dora_linear_plain`` and its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, scale, dropout, seed):
+        save = lora_A.requires_grad or lora_B.requires_grad
+        y, plain, S, norm, factors = _plain_forward(
+            x, weight, bias, lora_A, lora_B, magnitude, scale, dropout, seed, save, magnitude.requires_grad
+        )
+        if not y.numel():
+            raise common.RefusedError
+        ctx.save_for_backward(x, weight, lora_A, lora_B, S, plain, norm, factors, seed)
+        ctx.rest = scale, dropout, bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, S, plain, norm, factors, seed = ctx.saved_tensors
+        scale, dropout, has_bias = ctx.rest
+        asked = ctx.needs_input_grad
+        needs = [asked[0], asked[1], has_bias and asked[2], asked[3], asked[4], asked[5]]
+        if not torch.is_grad_enabled():
+            return *_plain_backward(
+                dy, x, weight, lora_A, lora_B, S, plain, norm, factors, scale, dropout, seed, needs
+            ), None, None, None  # fmt: skip
+        # A second derivative may be asked for: the op that says it has none.
+        rows, dout = x.view(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dx, *grads, _ = _BACKWARD(
+            dout, rows, weight, lora_A, lora_B, factors, plain, S, scale, None, dropout, seed, [*needs, False]
+        )
+        grads = [grad if need else None for grad, need in zip((dx, *grads), needs, strict=True)]
+        if needs[0]:
+            grads[0] = dx.view(x.shape)
+        if needs[5]:
+            grads[5] = torch.where(norm > 0, grads[5] / torch.where(norm > 0, norm, 1), 0)
+        return *grads, None, None, None
+
+
+_apply = common.bare_apply(_Plain)
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scale: float,
+    dropout: float, seed: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The output in one call, which looks at its arguments itself, the norm a constant to the backward pass; None where
+    it does not take them."""
+    if common.needs_grad((x, weight, bias, lora_A, lora_B, magnitude)):
+        try:
+            return _apply(x, weight, bias, lora_A, lora_B, magnitude, scale, dropout, seed)
+        except common.RefusedError:
+            return None
+    y, *_ = _plain_forward(x, weight, bias, lora_A, lora_B, magnitude, scale, dropout, seed, False, False)
+    return y if y.numel() else None
+
+
 def linear(backend: str, call: Any, factors: Tensor) -> Tensor:
     """Run a checked call of ``dora_linear`` on a native backend, with the factors of its columns."""
     one = call.lora

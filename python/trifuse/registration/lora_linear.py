@@ -65,6 +65,13 @@ _PLAIN = (
 )
 
 
+_PLAIN_BWD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, float scale, SymInt active_rank,"
+    " bool frozen, float dropout, Tensor? seed, bool merged, bool[] needs)"
+    " -> (Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dA, Tensor? dB)"
+)
+
+
 def _plain_fake(x, weight, bias, lora_A, lora_B, scale, active_rank, dropout, seed, merged, save):
     rows = x.numel() // max(x.shape[-1], 1) if save else 0
     S = x.new_empty((rows, active_rank), dtype=common.accumulation_dtype(x))
@@ -80,6 +87,7 @@ for _suffix in common.SUFFIXES:
     )
     torch.library.register_autograd(f"trifuse::{bwd}", common.no_second_derivative("lora_linear"), lib=LIB)
 LIB.define("lora_linear_plain" + _PLAIN)
+LIB.define("lora_linear_plain_bwd" + _PLAIN_BWD)
 torch.library.register_fake("trifuse::lora_linear_plain", _plain_fake, lib=LIB)
 common.implement_triton("lora_linear", "lora_linear_fwd", "lora_linear_bwd")
 
@@ -136,21 +144,20 @@ _FORWARD = {  # made here: a class is nothing that torch.compile could trace
 }
 
 
-class _RefusedError(Exception):
-    """The arguments are not what the plain way takes."""
+_plain_forward = common.bare("lora_linear_plain")
+_plain_backward = common.bare("lora_linear_plain_bwd")
+_BACKWARD = torch.ops.trifuse.lora_linear_bwd.default
 
 
 class _Plain(torch.autograd.Function):
-    """``lora_linear_plain`` with the gradients of ``lora_linear_bwd``."""
+    """``lora_linear_plain`` and its gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout, seed, merged):
         save = lora_A.requires_grad or lora_B.requires_grad
-        y, S = torch.ops.trifuse.lora_linear_plain.default(
-            x, weight, bias, lora_A, lora_B, scale, active_rank, dropout, seed, merged, save
-        )
+        y, S = _plain_forward(x, weight, bias, lora_A, lora_B, scale, active_rank, dropout, seed, merged, save)
         if not y.numel():
-            raise _RefusedError
+            raise common.RefusedError
         ctx.save_for_backward(x, weight, lora_A, lora_B, S, seed)
         ctx.rest = scale, active_rank, frozen, dropout, merged, bias is not None
         return y
@@ -160,18 +167,24 @@ class _Plain(torch.autograd.Function):
         x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
         scale, active_rank, frozen, dropout, merged, has_bias = ctx.rest
         asked = ctx.needs_input_grad
-        needs = [asked[0], asked[1], has_bias and asked[2], asked[3], asked[4], False]
-        shape = x.shape
-        if len(shape) != 2:
-            x, dy = x.view(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
-        grads = common.call_eagerly(
-            "lora_linear_bwd", dy, x, weight, lora_A, lora_B, S, scale, None, active_rank, frozen, dropout, seed,
-            merged, needs,
+        needs = [asked[0], asked[1], has_bias and asked[2], asked[3], asked[4]]
+        if not torch.is_grad_enabled():
+            return *_plain_backward(
+                dy, x, weight, lora_A, lora_B, S, scale, active_rank, frozen, dropout, seed, merged, needs
+            ), None, None, None, None, None, None  # fmt: skip
+        # A second derivative may be asked for: the op that says it has none.
+        rows, dout = x.view(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dx, *grads, _ = _BACKWARD(
+            dout, rows, weight, lora_A, lora_B, S, scale, None, active_rank, frozen, dropout, seed, merged,
+            [*needs, False],
         )  # fmt: skip
-        dx, dweight, dbias, dA, dB, _ = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        if dx is not None and len(shape) != 2:
-            dx = dx.view(shape)
-        return dx, dweight, dbias, dA, dB, None, None, None, None, None, None
+        grads = [grad if need else None for grad, need in zip((dx, *grads), needs, strict=True)]
+        if needs[0]:
+            grads[0] = dx.view(x.shape)
+        return *grads, None, None, None, None, None, None
+
+
+_apply = common.bare_apply(_Plain)
 
 
 def plain(
@@ -179,18 +192,22 @@ def plain(
     frozen: bool, dropout: float, seed: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """The output in one call, which looks at its arguments itself; None where it does not take them."""
-    tensors = (x, weight, bias, lora_A, lora_B)
-    save = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
-    rows = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
-    merged = rows > 64 and seed is None and x.dtype in (torch.float32, torch.float64)
-    merged = merged and merged_is_cheaper(rows, weight.shape[-1], weight.shape[0], active_rank, save)
-    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors):
+    recorded = torch.is_grad_enabled()
+    save = recorded and (lora_A.requires_grad or lora_B.requires_grad)
+    merged = False
+    if seed is None and x.dim() > 0 and x.numel() > 64 * x.shape[-1] and x.dtype in _WIDE and weight.dim() == 2:
+        rows = x.numel() // x.shape[-1]
+        merged = merged_is_cheaper(rows, weight.shape[1], weight.shape[0], active_rank, save)
+    if save or (recorded and common.needs_grad((x, weight, bias))):
         try:
-            return _Plain.apply(*tensors, scale, active_rank, frozen, dropout, seed, merged)
-        except _RefusedError:
+            return _apply(x, weight, bias, lora_A, lora_B, scale, active_rank, frozen, dropout, seed, merged)
+        except common.RefusedError:
             return None
-    y, _ = torch.ops.trifuse.lora_linear_plain.default(*tensors, scale, active_rank, dropout, seed, merged, False)
+    y, _ = _plain_forward(x, weight, bias, lora_A, lora_B, scale, active_rank, dropout, seed, merged, False)
     return y if y.numel() else None
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def linear(backend: str, call: Any) -> Tensor:

@@ -88,6 +88,28 @@ def register_backends(op: Op) -> None:
     op.backend("triton", _triton_refusals)
 
 
+LIB.define(
+    "lora_linear_multi_plain(Tensor x, Tensor weight, Tensor? bias, Tensor[] A, Tensor[] B, float[] scales,"
+    " Tensor index) -> Tensor"
+)
+_plain = common.bare("lora_linear_multi_plain")
+
+
+def _plain_fake(x, weight, bias, A, B, scales, index):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+torch.library.register_fake("trifuse::lora_linear_multi_plain", _plain_fake, lib=LIB)
+
+
+def plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: list[Tensor], B: list[Tensor], scales: list[float], index: Tensor
+) -> Tensor | None:
+    """The output in one call, which looks at its arguments itself; None where it does not take them."""
+    y = _plain(x, weight, bias, A, B, scales, index)
+    return y if y.numel() else None
+
+
 def linear(backend: str, call: Any) -> Tensor:
     """Run a checked call of ``lora_linear_multi`` on a native backend."""
     x, weight, bias, A, B, scales, index = call

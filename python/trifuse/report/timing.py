@@ -78,8 +78,10 @@ def run_benchmarks(
             f"--benchmark-storage=file://{scratch}/storage", f"--events={events}", f"--time-limit={time_limit}",
             *options,
         ]  # fmt: skip
-        # No other plugin has a say in how rounds are run.
-        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRIFUSE_BACKEND": ""}
+        # No other plugin has a say in how rounds are run. Inside a worker of pytest-xdist, pytest-benchmark would
+        # take this process for one of its workers and refuse to measure.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRIFUSE_BACKEND": ""}
         with log.open("w") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
             try:

@@ -44,17 +44,22 @@ def down(dtype, **options):
 
 
 def configurations(target):
-    """(name, call) of everything compiled for a target: all of it for sm_90, the main ones elsewhere."""
+    """(name, call) of everything compiled for a target: all of it for sm_90, the main ones elsewhere. float16 takes
+    the same ways as bfloat16, so of it there is one of each."""
     everything = target == "sm_90"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if everything:
         dtypes["float16"] = torch.float16
     for name, dtype in dtypes.items():
-        variants = {"": {}, " dropout": {"seed": True}, " one row": {"rows": 1, "seed": True}, " rank 64": {"rank": 64}}
-        if dtype != torch.float32:
+        variants = {"": {}, " dropout": {"seed": True}}
+        if dtype == torch.bfloat16:
             variants[" half adapter"] = {"adapter": dtype}
-        if everything:
+        if dtype == torch.float32:
+            variants[" rank 64"] = {"rank": 64}
+        if everything and dtype != torch.float16:
             variants |= {
+                " one row": {"rows": 1, "seed": True},
+                " rank 64": {"rank": 64},
                 " rank 24": {"rank": 24, "seed": True, "vector": True},
                 " rank 130 of 200": {"rank": 200, "active": 130, "seed": True},
                 " odd": {"rows": 37, "columns": 50, "out": 23, "rank": 5, "seed": True},
@@ -66,6 +71,7 @@ def configurations(target):
             yield f"bwd {name}{variant}", partial(backward, dtype, **backwards)
         if everything:
             yield f"down {name}", partial(down, dtype)
+        if everything and dtype != torch.float16:
             yield f"fwd {name} not saved", partial(forward, dtype, save=False)
             yield f"bwd {name} everything", partial(backward, dtype, seed=True, vector=True, needs=ALL)
             frozen_adapter = (True, False, False, False, False, False)

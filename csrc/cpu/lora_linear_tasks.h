@@ -19,6 +19,7 @@ struct Task {
   int64_t from, to;
 };
 
+constexpr int kBlockRows = 32;  // rows that a pass takes through a chunk of columns at a time
 constexpr int64_t kStep = 512;  // columns that a block of rows is taken through at a time
 
 inline int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

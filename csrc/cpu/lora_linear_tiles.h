@@ -13,8 +13,6 @@ namespace trifuse::cpu {
 namespace {
 namespace lora {
 
-constexpr int kBlockRows = 32;  // rows that a pass takes through a chunk of columns at a time
-
 template <class T>
 constexpr int kDotRows = kLanes<T> >= 8 ? 4 : 2;
 template <class T>

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import trifuse
+from trifuse.integrations.placing import Adapter, place
 
 pytest.importorskip("peft", reason="PEFT is not installed: its files are not tested")
 
@@ -158,3 +159,16 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_written(tmp_path):
         with pytest.raises(ValueError, match=f"^save_peft: .*{match}"):
             trifuse.save_peft(made, folder)
     assert not folder.exists()
+
+
+def test_a_layer_that_is_refused_late_leaves_every_other_as_it_was():
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(4, 6), "conv": conv1d(6, 4), "quantized": conv1d(6, 4)})
+    model["quantized"].weight = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
+    before = {name: (type(one), one) for name, one in model.named_modules()}
+    required = {name: one.requires_grad for name, one in model.named_parameters()}
+    adapter = Adapter(torch.zeros(2, 4), torch.zeros(6, 2), 2.0)
+    with pytest.raises(TypeError, match=r"weight is torch\.int8"):
+        place(model, dict.fromkeys(("linear", "conv", "quantized"), adapter))
+    assert {name: (type(one), one) for name, one in model.named_modules()} == before
+    assert {name: one.requires_grad for name, one in model.named_parameters()} == required

@@ -176,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Ten
   p.Z = Z.data_ptr();
   p.Z_row = Z.stride(0);
   if (x_grad) p.dx = dx.data_ptr(), p.dx_row = dx.stride(0);
-  cpu::lora_backward_out(p, torch_threads());
-  cpu::lora_backward_in(p, torch_threads());
+  if (x_grad || A_grad || B_grad || scales_grad) cpu::lora_backward_out(p, torch_threads());
+  if (x_grad || A_grad) cpu::lora_backward_in(p, torch_threads());
   if (x_grad) add_product(dx, dy, weight);
   if (weight_grad) {
     dweight = empty({p.out, p.in}, weight.scalar_type(), x);

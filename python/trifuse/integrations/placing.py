@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,25 @@ def check_adapters(caller: str, model: nn.Module, adapters: Mapping[str, Adapter
                 )
 
 
+def _transposed(conv: nn.Module, one: Adapter, options: Mapping[str, Any]) -> nn.Module:
+    from trifuse.integrations.transposed import LoRATransposed
+
+    return LoRATransposed.from_conv1d(conv, one.rank, alpha=one.alpha, **options)
+
+
+def _place_plain(model: nn.Module, adapters: Mapping[str, Adapter], bias: str, options: Mapping[str, Any]) -> None:
+    if not adapters:
+        return
+    # A name as an expression is asked for whole, and the longest first: another may end with it.
+    plain = {_exactly(name): adapters[name] for name in sorted(adapters, key=len, reverse=True)}
+    dora = any(one.magnitude is not None for one in plain.values())
+    apply_lora(
+        model, list(plain), kind="dora" if dora else "lora", bias=bias,
+        rank_pattern={pattern: one.rank for pattern, one in plain.items()},
+        alpha_pattern={pattern: one.alpha for pattern, one in plain.items()}, **options,
+    )  # fmt: skip
+
+
 def place(
     model: nn.Module,
     adapters: Mapping[str, Adapter],
@@ -91,21 +111,16 @@ def place(
     """Put adapters that were checked on a model, in place; they and the biases of ``bias`` are trained, no others."""
     options = {"scaling": scaling, "dropout": dropout, "adapter_dtype": adapter_dtype}
     transposed = [name for name in adapters if is_transposed(model.get_submodule(name))]
-    # A name as an expression is asked for whole, and the longest first: another may end with it.
-    plain = {_exactly(name): adapters[name] for name in sorted(set(adapters) - set(transposed), key=len, reverse=True)}
-    if plain:
-        dora = any(one.magnitude is not None for one in plain.values())
-        apply_lora(
-            model, list(plain), kind="dora" if dora else "lora", bias=bias,
-            rank_pattern={pattern: one.rank for pattern, one in plain.items()},
-            alpha_pattern={pattern: one.alpha for pattern, one in plain.items()}, **options,
-        )  # fmt: skip
-    for name in transposed:
-        from trifuse.integrations.transposed import LoRATransposed
-
+    before = [(one, one.requires_grad) for one in model.parameters()]
+    try:
+        layers = {name: _transposed(model.get_submodule(name), adapters[name], options) for name in transposed}
+        _place_plain(model, {name: one for name, one in adapters.items() if name not in layers}, bias, options)
+    except (TypeError, ValueError):  # an adapter was refused, and none is on the model
+        for one, required in before:
+            one.requires_grad_(required)
+        raise
+    for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
-        conv, one = model.get_submodule(name), adapters[name]
-        layer = LoRATransposed.from_conv1d(conv, one.rank, alpha=one.alpha, **options)
         setattr(model.get_submodule(parent), attribute, layer)
     if transposed:
         mark_only_lora_as_trainable(model, bias)

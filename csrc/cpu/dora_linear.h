@@ -130,7 +130,11 @@ void norm(const DoraNormParams& p, const Threads& threads) {
         w[i] = static_cast<const S*>(p.weight) + (n + i) * p.weight_row;
         out[i] = mixed + i * rank;
       }
-      lora::all_dots<T, S>(w, rows, rows_of_A, rank, p.columns, out);
+      const S* next[group];
+      for (int64_t i = 0; i < group; ++i) {
+        next[i] = static_cast<const S*>(p.weight) + std::min(n + group + i, p.rows - 1) * p.weight_row;
+      }
+      lora::all_dots<T, S>(w, rows, rows_of_A, rank, p.columns, out, false, next);
       for (int64_t i = 0; i < rows; ++i) {
         const B* row = static_cast<const B*>(p.B) + (n + i) * p.B_row;
         for (int64_t r = 0; r < rank; ++r) {

@@ -19,6 +19,9 @@ TRIFUSE_INLINE void scale_row(const DoraParams& p, const S* dy, int64_t m, int64
   int64_t c = 0;
   for (; c + lanes <= columns; c += lanes) {
     const Vec<T> g = load_as<T>(dy + c);
+    __builtin_prefetch(dy + p.columns + c);  // the next row
+    __builtin_prefetch(dplain + p.columns + c, 1);
+    if (some) __builtin_prefetch(plain + p.columns + c);
     store_as<T>(dplain + c, load<T>(factors + c) * g);
     if (some) store<T>(some + c, load<T>(some + c) + g * load_as<T>(plain + c));
   }

@@ -85,7 +85,11 @@ void down(const LoraParams& p, const Threads& threads) {
       if (p.seed) {
         all_dots<T, T>(dropped, rows, rows_of_A, ranks, p.in, out);
       } else {
-        all_dots<T, S>(x, rows, rows_of_A, ranks, p.in, out);
+        const S* next[group];
+        for (int64_t i = 0; i < group; ++i) {
+          next[i] = static_cast<const S*>(p.x) + row_of(p, std::min(m + group + i, task.end - 1)) * p.x_row;
+        }
+        all_dots<T, S>(x, rows, rows_of_A, ranks, p.in, out, false, next);
       }
     }
   });

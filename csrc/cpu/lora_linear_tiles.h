@@ -47,9 +47,10 @@ TRIFUSE_INLINE Vec<T> lane_sums(Vec<T>* v) {
   return v[0];
 }
 
-// Lane row * kDotRanks + rank: the sum over n columns of x[row] * a[rank].
-template <class T, class S>
-TRIFUSE_INLINE Vec<T> dots(const S* const* x, const T* const* a, int64_t n) {
+// Lane row * kDotRanks + rank: the sum over n columns of x[row] * a[rank]. Rows `ahead` are asked for meanwhile: they
+// lie pages apart, where no cache sees them come.
+template <class T, class S, bool kAhead>
+TRIFUSE_INLINE Vec<T> dots(const S* const* x, const T* const* a, int64_t n, const S* const* ahead) {
   constexpr int rows = kDotRows<T>, ranks = kDotRanks<T>, lanes = kLanes<T>;
   Vec<T> sum[lanes];
 #pragma GCC unroll 16
@@ -62,6 +63,7 @@ TRIFUSE_INLINE Vec<T> dots(const S* const* x, const T* const* a, int64_t n) {
 #pragma GCC unroll 4
     for (int m = 0; m < rows; ++m) {
       const Vec<T> left = load_as<T>(x[m] + c);
+      if (kAhead) __builtin_prefetch(ahead[m] + c);
 #pragma GCC unroll 4
       for (int r = 0; r < ranks; ++r) sum[m * ranks + r] += left * right[r];
     }
@@ -79,16 +81,20 @@ TRIFUSE_INLINE Vec<T> dots(const S* const* x, const T* const* a, int64_t n) {
 // or ranks do not fill a tile their last one fills in.
 template <class T, class S>
 void all_dots(const S* const* x, int64_t rows, const T* const* a, int64_t ranks, int64_t n, T* const* out,
-              bool add = false) {
+              bool add = false, const S* const* next = nullptr) {
   constexpr int tile_rows = kDotRows<T>, tile_ranks = kDotRanks<T>;
   for (int64_t m = 0; m < rows; m += tile_rows) {
     const S* left[tile_rows];
-    for (int i = 0; i < tile_rows; ++i) left[i] = x[std::min<int64_t>(m + i, rows - 1)];
+    const S* ahead[tile_rows];
+    for (int i = 0; i < tile_rows; ++i) {
+      left[i] = x[std::min<int64_t>(m + i, rows - 1)];
+      ahead[i] = next && m + tile_rows >= rows ? next[i] : x[std::min<int64_t>(m + i + tile_rows, rows - 1)];
+    }
     for (int64_t r = 0; r < ranks; r += tile_ranks) {
       const T* right[tile_ranks];
       for (int i = 0; i < tile_ranks; ++i) right[i] = a[std::min<int64_t>(r + i, ranks - 1)];
       T sums[kLanes<T>];
-      store<T>(sums, dots<T, S>(left, right, n));
+      store<T>(sums, r == 0 ? dots<T, S, true>(left, right, n, ahead) : dots<T, S, false>(left, right, n, ahead));
       for (int64_t i = 0; i < std::min<int64_t>(tile_rows, rows - m); ++i) {
         for (int64_t j = 0; j < std::min<int64_t>(tile_ranks, ranks - r); ++j) {
           T& to = out[m + i][r + j];

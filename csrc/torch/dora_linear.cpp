@@ -117,6 +117,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_plain(Tensor x, T
   return {y, save_plain ? plain : empty({0, plain.size(1)}, dtype, x), S, norm, columns};
 }
 
+// Memory like t's. Every thread keeps what it last took of it, up to 16 MB: fresh pages in every call would cost as much
+// as the pass that writes them.
+Tensor scratch_like(const Tensor& t) {
+  constexpr int64_t most = int64_t(16) << 20;
+  thread_local OptionalTensor kept;
+  if (kept && kept->scalar_type() == t.scalar_type() && is_plain_matrix(*kept, t.size(0), t.size(1))) return *kept;
+  const Tensor made = empty_as(t);
+  if (t.numel() * t.element_size() <= most) kept = made;
+  return made;
+}
+
 // Its backward pass; `columns` are magnitude / norm.
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>
 dora_linear_plain_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, Tensor plain,
@@ -125,7 +136,7 @@ dora_linear_plain_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor 
   const Tensor rows = as_matrix(x), dout = as_matrix(dy);
   const OptionalTensor factors;
   const LoraLayer layer{rows, weight, lora_A, lora_B, scale, factors, lora_A.size(0), false, dropout, seed, false};
-  const OptionalTensor dplain = empty_as(dout);
+  const OptionalTensor dplain = scratch_like(dout);
   DoraParams p = params(*dplain, columns);
   p.plain = plain.data_ptr();
   p.dy = dout.data_ptr();

@@ -133,6 +133,11 @@ TRIFUSE_INLINE void expand_tile(const Block<T>& b, S* const* out, int64_t m, int
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) sum[i][v] = start;
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out[m + i] + c + (v + kVectors) * lanes, 1);  // the next tile
+  }
   const T* f = b.factors + m * b.factors_ld;
   const T* packed = b.packed + c;
   for (int64_t r = 0; r < b.ranks; ++r, packed += b.ld, ++f) {
@@ -212,6 +217,7 @@ TRIFUSE_INLINE void gather_tile(const Block<T>& b, const S* const* x, T* sums, i
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       right[v] = kPart ? load_part<T>(x[m] + c, b.columns - c) : load_as<T>(x[m] + c + v * lanes);
+      if (!kPart) __builtin_prefetch(x[m] + c + (v + 2 * kVectors) * lanes, 0, 2);  // into the second cache
     }
 #pragma GCC unroll 8
     for (int j = 0; j < kRanks; ++j) {

@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_plain(Tensor x, T
   return {y, save_plain ? plain : empty({0, plain.size(1)}, dtype, x), S, norm, columns};
 }
 
-// Memory like t's. Every thread keeps what it last took of it, up to 16 MB: fresh pages in every call would cost as much
-// as the pass that writes them.
+// Memory like t's. Every thread keeps what it last took of it, up to 16 MB: fresh pages in every call would cost as
+// much as the pass that writes them.
 Tensor scratch_like(const Tensor& t) {
   constexpr int64_t most = int64_t(16) << 20;
   thread_local OptionalTensor kept;

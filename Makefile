@@ -32,7 +32,7 @@ suite:
 
 # Triton's interpreter has to be chosen before triton is imported: a process of its own.
 interpreter:
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_interpreter*.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=5 tests/test_triton_interpreter*.py
 
 gpu:
 	OUT=$(OUT) PYTHON=$(PYTHON) scripts/gpu.sh

@@ -114,18 +114,16 @@ class LoRALinear(LowRank, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        own = self._parameters
-        # Beside one row's product every name that is looked up counts: the way that most calls at inference take is
-        # written out.
+        # Beside one row's product, which empties the caches, every name that is looked up counts: the way that most
+        # calls at inference take is written out, by the dictionaries that hold the names.
+        own = self.__dict__
         if (
-            self._merge is None and self.rows is None and self.nested_ranks is None and not torch.is_grad_enabled()
-            and not (self.training and self.dropout)
+            own["_merge"] is None and own["rows"] is None and own["nested_ranks"] is None
+            and not torch.is_grad_enabled() and not (own["training"] and own["dropout"])
         ):  # fmt: skip
-            rank = self.active_rank
-            y = plain_inference(
-                x, own.get("weight"), own.get("bias"), own.get("lora_A"), own.get("lora_B"),
-                self.alpha / rank if self.scaling == "lora" else self.scale, rank,
-            )  # fmt: skip
+            of, rank = own["_parameters"], self.active_rank
+            scale = own["alpha"] / rank if own["scaling"] == "lora" else self.scale
+            y = plain_inference(x, of.get("weight"), of.get("bias"), of.get("lora_A"), of.get("lora_B"), scale, rank)
             if y is not None:
                 return y
         return self.product(x, self.bias)

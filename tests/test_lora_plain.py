@@ -7,6 +7,7 @@ import dora_linear_cases as dora
 import lora_linear_cases as lora
 import pytest
 import torch
+import torch.nn.utils.prune
 from backends_here import cpp_only
 from lora_linear_multi_cases import make as make_multi
 
@@ -133,6 +134,55 @@ def test_a_first_gradient_that_could_be_differentiated_is_the_same(op, taken):
         torch.autograd.grad(sum(grad.sum() for grad in graph), wanted)
 
 
+@pytest.mark.parametrize("needs", [("x",), ("lora_A",), ("bias",), ("weight",), ("x", "lora_A", "lora_B")])
+@pytest.mark.parametrize("op", OPS)
+def test_so_it_is_where_only_some_are_asked_for(op, needs):
+    made = {name: x.detach().requires_grad_(name in needs) if isinstance(x, torch.Tensor) else x
+            for name, x in arguments(op).items()}  # fmt: skip
+    wanted = [made[name] for name in needs]
+    plain = torch.autograd.grad(getattr(trifuse, op)(**made).sin().sum(), wanted)
+    graph = torch.autograd.grad(getattr(trifuse, op)(**made).sin().sum(), wanted, create_graph=True)
+    for got, expected in zip(graph, plain, strict=True):
+        close(got, expected)
+
+
+def test_the_second_derivative_towards_the_magnitude_is_refused_too():
+    made = arguments("dora_linear")
+    (dx,) = torch.autograd.grad(trifuse.dora_linear(**made).sum(), made["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="dora_linear: a native kernel has no second derivative"):
+        torch.autograd.grad(dx.sum(), made["magnitude"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_are_computed_for_many_outputs_at_once(op, taken):
+    made = arguments(op)
+    wanted = [x for x in made.values() if isinstance(x, torch.Tensor)]
+    y = getattr(trifuse, op)(**made)
+    assert taken == [op]
+    dy = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(5))
+    many = torch.autograd.grad(y, wanted, dy, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        for got, expected in zip(many, torch.autograd.grad(y, wanted, dy[i], retain_graph=True), strict=True):
+            close(got[i], expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("op", OPS)
+def test_a_trace_is_of_the_long_way(op, taken):
+    made = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments(op).items()}
+    x = made.pop("x")
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: getattr(trifuse, op)(x, **made), x, check_trace=False)
+        assert not taken
+        close(traced(x.T.contiguous().T), getattr(trifuse, op)(x, **made))
+
+
+def test_a_rank_beyond_every_number_is_refused_by_name():
+    made = arguments("lora_linear")
+    with pytest.raises(ValueError, match=f"active_rank is {2**70}; it must be 1 to the rank of lora_A, 4"):
+        trifuse.lora_linear(**made, active_rank=2**70)
+
+
 def test_a_norm_of_zero_gives_no_gradient():
     made = arguments("dora_linear")
     with torch.no_grad():
@@ -168,6 +218,73 @@ def test_opcheck_of_dora_s_short_way(options):
     for seed, saved in ((None, (True, True)), (torch.tensor([3]), (False, True)), (None, (False, False))):
         rate = 0.0 if seed is None else 0.2
         torch.library.opcheck(torch.ops.trifuse.dora_linear_plain.default, (*six, 0.5, rate, seed, *saved))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_of_the_short_way_back(op):
+    made = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments(op, "three axes").items()}
+    x, weight, bias, *rest = (made[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+    ops = torch.ops.trifuse
+    if op == "lora_linear":
+        y, S = ops.lora_linear_plain(x, weight, bias, *rest, 0.5, 4, 0.0, None, False, True)
+        arguments_of_back = (*rest, S, 0.5, 4, False, 0.0, None, False, [True, False, True, True, False])
+    else:
+        y, plain, S, norm, factors = ops.dora_linear_plain(
+            x, weight, bias, *rest, made["magnitude"], 0.5, 0.0, None, True, True
+        )
+        needs = [True, False, True, True, False, True]
+        arguments_of_back = (*rest, S, plain, norm, factors, 0.5, 0.0, None, needs)
+    torch.library.opcheck(getattr(ops, f"{op}_plain_bwd").default, (torch.randn_like(y), x, weight, *arguments_of_back))
+
+
+# ---- layers, whose forward pass at inference is written out
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+
+
+def pruned(layer):
+    torch.nn.utils.prune.random_unstructured(layer, "bias", 0.5)
+
+
+def a_buffer(layer):
+    bias = layer.bias.detach()
+    del layer.bias
+    layer.register_buffer("bias", bias)
+
+
+@pytest.mark.parametrize("kind", [trifuse.nn.LoRALinear, trifuse.nn.DyLoRALinear, trifuse.nn.DoRALinear])
+@pytest.mark.parametrize("change", [parametrized, pruned, a_buffer, lambda layer: None])
+def test_a_bias_is_added_whatever_it_is(kind, change):
+    torch.manual_seed(0)
+    layer = kind(16, 24, rank=4)
+    torch.nn.init.normal_(layer.lora_B)
+    change(layer)
+    x = torch.randn(5, 16)
+    expected = layer(x)
+    with torch.no_grad():
+        close(layer(x), expected.detach())
+
+
+def test_a_layer_that_says_otherwise_is_asked():
+    class Louder(trifuse.nn.LoRALinear):
+        @property
+        def scale(self):
+            return 10 * super().scale
+
+    torch.manual_seed(0)
+    layer = Louder(16, 24, rank=4)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 16)
+    expected = layer(x).detach()
+    with torch.no_grad():
+        close(layer(x), expected)
 
 
 # ---- rows that have adapters of their own

@@ -35,6 +35,8 @@ Tensor dora_scale(Tensor plain, Tensor factors, OptionalTensor bias) {
 std::tuple<Tensor, Tensor> dora_scale_bwd(Tensor dy, Tensor plain, Tensor factors, bool factors_grad) {
   DoraParams p = params(plain, factors);
   dy = torch::stable::contiguous(dy);
+  STD_TORCH_CHECK(dy.dim() == 2 && dy.size(0) == p.rows && dy.size(1) == p.columns,
+                  "dora_scale: dy must have the size of plain");
   const Tensor dplain = empty({p.rows, p.columns}, plain.scalar_type(), plain);
   const Tensor dfactors = empty({factors_grad ? p.columns : 0}, factors.scalar_type(), plain);
   p.dy = dy.data_ptr();
@@ -129,10 +131,9 @@ Tensor scratch_like(const Tensor& t) {
 }
 
 // Its backward pass; `columns` are magnitude / norm.
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>
-dora_linear_plain_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, Tensor plain,
-                      Tensor norm, Tensor columns, double scale, double dropout, OptionalTensor seed,
-                      std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_plain_bwd(
+    Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, Tensor plain, Tensor norm,
+    Tensor columns, double scale, double dropout, OptionalTensor seed, std::vector<bool> needs) {
   const Tensor rows = as_matrix(x), dout = as_matrix(dy);
   const OptionalTensor factors;
   const LoraLayer layer{rows, weight, lora_A, lora_B, scale, factors, lora_A.size(0), false, dropout, seed, false};
@@ -149,7 +150,13 @@ dora_linear_plain_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor 
   const LoraGradients grads =
       lora_backward(layer, dout, S, {needs[0], needs[1], needs[2], needs[3], needs[4], false}, &p, dplain);
   if (dmagnitude) dmagnitude = over_norm(*dmagnitude, norm);
-  return {shaped_as(grads.x, x), grads.weight, grads.bias, grads.A, grads.B, dmagnitude};
+  const auto given = [&](const OptionalTensor& grad) { return given_or_empty(grad, x.scalar_type(), x); };
+  return {given(shaped_as(grads.x, x)),
+          given(grads.weight),
+          given(grads.bias),
+          given(grads.A),
+          given(grads.B),
+          given(dmagnitude)};
 }
 
 TRIFUSE_IMPL(m) {

@@ -13,6 +13,7 @@
 namespace trifuse {
 namespace {
 
+// What it refers to has to live as long as it is used.
 struct LoraLayer {
   const Tensor& x;  // (M, K), rows contiguous
   const Tensor& weight;
@@ -60,6 +61,11 @@ inline LoraParams params_of(const LoraLayer& layer, LoraAdapter& adapter) {
     p.keep_scale = 1 / (1 - layer.dropout);
   }
   return p;
+}
+
+// t, or a copy of it whose rows are contiguous: a trace may have been made with other strides.
+inline Tensor with_whole_rows(const Tensor& t) {
+  return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) ? t : torch::stable::contiguous(t);
 }
 
 inline void set_matrix(void*& ptr, int64_t& row, const Tensor& t) {
@@ -137,6 +143,10 @@ struct LoraGradients {
   OptionalTensor x, weight, bias, A, B, p;
 };
 
+inline Tensor given_or_empty(const OptionalTensor& grad, ScalarType dtype, const Tensor& device_of) {
+  return grad ? *grad : empty({0}, dtype, device_of);
+}
+
 // A factor's gradient in full size, of which the kernel writes the ranks that have one.
 inline Tensor factor_gradient(const Tensor& like, bool whole) {
   return whole ? empty_as(like) : torch::stable::new_zeros(like, {like.size(0), like.size(1)});
@@ -153,6 +163,7 @@ inline LoraGradients lora_backward(const LoraLayer& layer, const Tensor& dy, Ten
   const bool whole = !layer.frozen && layer.active_rank == layer.lora_A.size(0);
   p.dy = dy.data_ptr();
   p.dy_row = dy.stride(0);
+  STD_TORCH_CHECK(dy.dim() == 2 && dy.size(0) == p.rows && dy.size(1) == p.out, "lora_linear: dy does not fit");
   LoraGradients grads;
   if (needs.x) grads.x = empty({p.rows, p.in}, x.scalar_type(), x);
   if (needs.A) grads.A = factor_gradient(layer.lora_A, whole);

@@ -12,6 +12,7 @@ namespace {
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensor lora_A, Tensor lora_B,
                                            double scale, OptionalTensor factors, int64_t active_rank, bool frozen,
                                            double dropout, OptionalTensor seed, bool merged, bool save) {
+  x = with_whole_rows(x);
   const Tensor y = empty({x.size(0), weight.size(0)}, x.scalar_type(), x);
   const LoraLayer layer{x, weight, lora_A, lora_B, scale, factors, active_rank, frozen, dropout, seed, merged};
   return {y, lora_forward(y, layer, bias, save)};
@@ -20,10 +21,11 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, OptionalTens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
     Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, double scale, OptionalTensor factors,
     int64_t active_rank, bool frozen, double dropout, OptionalTensor seed, bool merged, std::vector<bool> needs) {
+  x = with_whole_rows(x);
   const LoraLayer layer{x, weight, lora_A, lora_B, scale, factors, active_rank, frozen, dropout, seed, merged};
   const LoraGradients grads = lora_backward(layer, torch::stable::contiguous(dy), S,
                                             {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
-  const auto given = [&](const OptionalTensor& grad, ScalarType dtype) { return grad ? *grad : empty({0}, dtype, x); };
+  const auto given = [&](const OptionalTensor& grad, ScalarType of) { return given_or_empty(grad, of, x); };
   const ScalarType dtype = x.scalar_type(), adapter_dtype = lora_A.scalar_type();
   return {given(grads.x, dtype),         given(grads.weight, dtype),    given(grads.bias, dtype),
           given(grads.A, adapter_dtype), given(grads.B, adapter_dtype), given(grads.p, accumulation_type(x))};
@@ -88,15 +90,20 @@ std::tuple<Tensor, Tensor> lora_linear_plain(Tensor x, Tensor weight, OptionalTe
 }
 
 // Its backward pass.
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> lora_linear_plain_bwd(
-    Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, double scale, int64_t active_rank,
-    bool frozen, double dropout, OptionalTensor seed, bool merged, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_plain_bwd(Tensor dy, Tensor x, Tensor weight,
+                                                                         Tensor lora_A, Tensor lora_B, Tensor S,
+                                                                         double scale, int64_t active_rank, bool frozen,
+                                                                         double dropout, OptionalTensor seed,
+                                                                         bool merged, std::vector<bool> needs) {
   const Tensor rows = as_matrix(x);
   const OptionalTensor factors;
   const LoraLayer layer{rows, weight, lora_A, lora_B, scale, factors, active_rank, frozen, dropout, seed, merged};
   const LoraGradients grads =
       lora_backward(layer, as_matrix(dy), S, {needs[0], needs[1], needs[2], needs[3], needs[4], false});
-  return {shaped_as(grads.x, x), grads.weight, grads.bias, grads.A, grads.B};
+  const auto given = [&](const OptionalTensor& grad, ScalarType of) { return given_or_empty(grad, of, x); };
+  const ScalarType dtype = x.scalar_type(), adapter_dtype = lora_A.scalar_type();
+  return {given(shaped_as(grads.x, x), dtype), given(grads.weight, dtype), given(grads.bias, dtype),
+          given(grads.A, adapter_dtype), given(grads.B, adapter_dtype)};
 }
 #endif
 

@@ -115,7 +115,7 @@ def place(
     try:
         layers = {name: _transposed(model.get_submodule(name), adapters[name], options) for name in transposed}
         _place_plain(model, {name: one for name, one in adapters.items() if name not in layers}, bias, options)
-    except (TypeError, ValueError):  # an adapter was refused, and none is on the model
+    except Exception:  # an adapter was refused, and none is on the model
         for one, required in before:
             one.requires_grad_(required)
         raise

@@ -69,10 +69,6 @@ class DoRALinear(LoRALinear):
         A, B, factor = self._update()
         return ops.dora_norm(weight, A, B, factor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``."""
-        return self.product(x, self.bias)
-
     def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops.dora_linear(
             x, self.weight, bias, self.lora_A, self.lora_B, self.lora_magnitude, self.scale, dropout=self.dropout,

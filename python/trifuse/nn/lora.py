@@ -43,6 +43,12 @@ class LoRALinear(LowRank, nn.Linear):
     """
 
     rows: range | tuple[int, ...] | None
+    _written_out = True  # whether a kind of layer computes what is written out in `forward`
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        names = ("product", "_fused", "factor", "scale", "_full_B")
+        cls._written_out = all(getattr(cls, name) is getattr(LoRALinear, name) for name in names)
 
     def __init__(
         self,
@@ -117,13 +123,14 @@ class LoRALinear(LowRank, nn.Linear):
         # Beside one row's product, which empties the caches, every name that is looked up counts: the way that most
         # calls at inference take is written out, by the dictionaries that hold the names.
         own = self.__dict__
+        of = own["_parameters"]
         if (
-            own["_merge"] is None and own["rows"] is None and own["nested_ranks"] is None
-            and not torch.is_grad_enabled() and not (own["training"] and own["dropout"])
+            own["_merge"] is None and own["rows"] is None and own["nested_ranks"] is None and "bias" in of
+            and not torch.is_grad_enabled() and not (own["training"] and own["dropout"]) and self._written_out
         ):  # fmt: skip
-            of, rank = own["_parameters"], self.active_rank
+            rank = self.active_rank
             scale = own["alpha"] / rank if own["scaling"] == "lora" else self.scale
-            y = plain_inference(x, of.get("weight"), of.get("bias"), of.get("lora_A"), of.get("lora_B"), scale, rank)
+            y = plain_inference(x, of.get("weight"), of["bias"], of.get("lora_A"), of.get("lora_B"), scale, rank)
             if y is not None:
                 return y
         return self.product(x, self.bias)

@@ -100,7 +100,7 @@ def lora_linear(
             rate, seed = float(dropout), dropout_seed("lora_linear", x, dropout, seed, True)
         if rank is None and lora_A.dim():
             rank = lora_A.shape[0]
-        if type(rank) is int:
+        if type(rank) is int and rank < 2**31:
             y = kernels.plain(x, weight, bias, lora_A, lora_B, float(scale), rank, bool(frozen), rate, seed)
             if y is not None:
                 return y
@@ -130,7 +130,7 @@ def is_plain(
     seed: object, training: bool,
 ) -> bool:  # fmt: skip
     """Whether a call may be one for the kernels that look at their arguments themselves: plain tensors on a CPU, with
-    nothing that looks on. They take no seed of a call that drops nothing: nobody would check it."""
+    nothing that looks on. A seed beside no dropout goes the long way, which checks it."""
     known = common.PLAIN
     return (
         type(x) in known and type(weight) in known and type(lora_A) in known and type(lora_B) in known

@@ -212,11 +212,14 @@ def is_eager(args: Any) -> bool:
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
+_jit_trace = torch._C._get_tracing_state
 
 
 def is_watched() -> bool:
     """Whether something looks on: torch.compile, a mode, a transformation."""
-    return _is_compiling() or _dispatch_modes() != 0 or _functorch_level() is not None
+    return (
+        _is_compiling() or _dispatch_modes() != 0 or _functorch_level() is not None or _jit_trace() is not None
+    )  # fmt: skip
 
 
 PLAIN = (Tensor, torch.nn.Parameter)

@@ -183,7 +183,7 @@ _PLAIN = (
 _PLAIN_BWD = (
     "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, Tensor plain, Tensor norm,"
     " Tensor factors, float scale, float dropout, Tensor? seed, bool[] needs)"
-    " -> (Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dA, Tensor? dB, Tensor? dmagnitude)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB, Tensor dmagnitude)"
 )
 
 
@@ -194,9 +194,16 @@ def _plain_fake(x, weight, bias, lora_A, lora_B, magnitude, scale, dropout, seed
     return x.new_empty((*x.shape[:-1], out)), plain, S, x.new_empty(out), x.new_empty(out)
 
 
+def _plain_bwd_fake(dy, x, weight, lora_A, lora_B, S, plain, norm, factors, scale, dropout, seed, needs):
+    like = (x, weight, dy, lora_A, lora_B, norm)
+    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape, norm.shape)
+    return tuple(one.new_empty(shape if need else (0,)) for one, shape, need in zip(like, shapes, needs, strict=True))
+
+
 LIB.define("dora_linear_plain" + _PLAIN)
 LIB.define("dora_linear_plain_bwd" + _PLAIN_BWD)
 torch.library.register_fake("trifuse::dora_linear_plain", _plain_fake, lib=LIB)
+torch.library.register_fake("trifuse::dora_linear_plain_bwd", _plain_bwd_fake, lib=LIB)
 _plain_forward = common.bare("dora_linear_plain")
 _plain_backward = common.bare("dora_linear_plain_bwd")
 _BACKWARD = torch.ops.trifuse.dora_linear_bwd.default
@@ -213,30 +220,33 @@ class _Plain(torch.autograd.Function):
         )
         if not y.numel():
             raise common.RefusedError
-        ctx.save_for_backward(x, weight, lora_A, lora_B, S, plain, norm, factors, seed)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, magnitude, S, plain, norm, factors, seed)
         ctx.rest = scale, dropout, bias is not None
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, S, plain, norm, factors, seed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, magnitude, S, plain, norm, factors, seed = ctx.saved_tensors
         scale, dropout, has_bias = ctx.rest
         asked = ctx.needs_input_grad
         needs = [asked[0], asked[1], has_bias and asked[2], asked[3], asked[4], asked[5]]
         if not torch.is_grad_enabled():
-            return *_plain_backward(
-                dy, x, weight, lora_A, lora_B, S, plain, norm, factors, scale, dropout, seed, needs
-            ), None, None, None  # fmt: skip
-        # A second derivative may be asked for: the op that says it has none.
-        rows, dout = x.view(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx, *grads, _ = _BACKWARD(
-            dout, rows, weight, lora_A, lora_B, factors, plain, S, scale, None, dropout, seed, [*needs, False]
-        )
-        grads = [grad if need else None for grad, need in zip((dx, *grads), needs, strict=True)]
-        if needs[0]:
-            grads[0] = dx.view(x.shape)
-        if needs[5]:
-            grads[5] = torch.where(norm > 0, grads[5] / torch.where(norm > 0, norm, 1), 0)
+            grads = _plain_backward(dy, x, weight, lora_A, lora_B, S, plain, norm, factors, scale, dropout, seed, needs)
+        else:  # a second derivative may be asked for, of the magnitude, too: the op that says it has none
+            rows, dout = x.view(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            there = norm > 0
+            divisor = torch.where(there, norm, 1)
+            if not needs[5]:
+                plain = dout  # it was not kept, and is not read
+            *grads, _ = _BACKWARD(
+                dout, rows, weight, lora_A, lora_B, torch.where(there, magnitude / divisor, 0), plain, S, scale, None,
+                dropout, seed, [*needs, False],
+            )  # fmt: skip
+            if needs[0]:
+                grads[0] = grads[0].view(x.shape)
+            if needs[5]:
+                grads[5] = torch.where(there, grads[5] / divisor, 0)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *grads, None, None, None
 
 

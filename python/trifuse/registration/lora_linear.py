@@ -68,7 +68,7 @@ _PLAIN = (
 _PLAIN_BWD = (
     "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, float scale, SymInt active_rank,"
     " bool frozen, float dropout, Tensor? seed, bool merged, bool[] needs)"
-    " -> (Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dA, Tensor? dB)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
 )
 
 
@@ -76,6 +76,12 @@ def _plain_fake(x, weight, bias, lora_A, lora_B, scale, active_rank, dropout, se
     rows = x.numel() // max(x.shape[-1], 1) if save else 0
     S = x.new_empty((rows, active_rank), dtype=common.accumulation_dtype(x))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), S
+
+
+def _plain_bwd_fake(dy, x, weight, lora_A, lora_B, S, scale, active_rank, frozen, dropout, seed, merged, needs):
+    like = (x, weight, dy, lora_A, lora_B)
+    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape)
+    return tuple(one.new_empty(shape if need else (0,)) for one, shape, need in zip(like, shapes, needs, strict=True))
 
 
 common.define("lora_linear_fwd", _FWD, _fwd_fake)
@@ -89,6 +95,7 @@ for _suffix in common.SUFFIXES:
 LIB.define("lora_linear_plain" + _PLAIN)
 LIB.define("lora_linear_plain_bwd" + _PLAIN_BWD)
 torch.library.register_fake("trifuse::lora_linear_plain", _plain_fake, lib=LIB)
+torch.library.register_fake("trifuse::lora_linear_plain_bwd", _plain_bwd_fake, lib=LIB)
 common.implement_triton("lora_linear", "lora_linear_fwd", "lora_linear_bwd")
 
 
@@ -170,18 +177,18 @@ class _Plain(torch.autograd.Function):
         asked = ctx.needs_input_grad
         needs = [asked[0], asked[1], has_bias and asked[2], asked[3], asked[4]]
         if not torch.is_grad_enabled():
-            return *_plain_backward(
+            grads = _plain_backward(
                 dy, x, weight, lora_A, lora_B, S, scale, active_rank, frozen, dropout, seed, merged, needs
-            ), None, None, None, None, None, None  # fmt: skip
-        # A second derivative may be asked for: the op that says it has none.
-        rows, dout = x.view(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx, *grads, _ = _BACKWARD(
-            dout, rows, weight, lora_A, lora_B, S, scale, None, active_rank, frozen, dropout, seed, merged,
-            [*needs, False],
-        )  # fmt: skip
-        grads = [grad if need else None for grad, need in zip((dx, *grads), needs, strict=True)]
-        if needs[0]:
-            grads[0] = dx.view(x.shape)
+            )
+        else:  # a second derivative may be asked for: the op that says it has none
+            rows, dout = x.view(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            *grads, _ = _BACKWARD(
+                dout, rows, weight, lora_A, lora_B, S, scale, None, active_rank, frozen, dropout, seed, merged,
+                [*needs, False],
+            )  # fmt: skip
+            if needs[0]:
+                grads[0] = grads[0].view(x.shape)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *grads, None, None, None, None, None, None
 
 

@@ -100,7 +100,7 @@ def lora_linear(
             rate, seed = float(dropout), dropout_seed("lora_linear", x, dropout, seed, True)
         if rank is None and lora_A.dim():
             rank = lora_A.shape[0]
-        if type(rank) is int and rank < 2**31:
+        if type(rank) is int and 0 < rank < 2**31:
             y = kernels.plain(x, weight, bias, lora_A, lora_B, float(scale), rank, bool(frozen), rate, seed)
             if y is not None:
                 return y
